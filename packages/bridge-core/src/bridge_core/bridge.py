@@ -1,0 +1,131 @@
+"""`AutoBridge`: the one object most users meet. It finds the family of a model and does the rest by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge_core.checkpoint import convert
+from bridge_core.checkpoint.convert import Options, Report
+from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError
+from bridge_core.families import Family, Fields, all_families, family_for
+from bridge_core.plan import Plan
+from bridge_core.topology import ParallelLayout
+
+
+class AutoBridge:
+    """A model's way between Hugging Face and Megatron-Core.
+
+    Make one with `from_hf_pretrained` (a folder) or `from_hf_config` (a configuration alone).
+
+    Attributes:
+        config: the HF configuration, as config.json has it.
+        family: the model family that was found for it.
+        fields: the model's Megatron fields (`TransformerConfig` fields and what `GPTModel` takes beside them).
+        path: the HF folder, or None.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], *, path: Path | None = None, ignore_options: Sequence[str] = ()
+    ) -> None:
+        self.config = dict(config)
+        self.path = path
+        self.family: Family = family_for(self.config)
+        self.fields: Fields = self.family.to_megatron(self.config, ignore=ignore_options)
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | Path, *, ignore_options: Sequence[str] = ()) -> AutoBridge:
+        """A bridge for the model in an HF folder. Only config.json is read here.
+
+        Raises:
+            CheckpointError: there is no such folder, or it has no config.json.
+            ConfigError: the architecture or an option of it is not known.
+        """
+        folder = Path(path)
+        config = read_config(folder)
+        return cls(config, path=folder if folder.is_dir() else folder.parent, ignore_options=ignore_options)
+
+    @classmethod
+    def from_hf_config(cls, config: Any, *, ignore_options: Sequence[str] = ()) -> AutoBridge:
+        """A bridge for a configuration without weights: a dict, or a transformers `PretrainedConfig`."""
+        if not isinstance(config, Mapping):
+            if not hasattr(config, "to_diff_dict"):
+                raise ConfigError(
+                    "not an HF configuration",
+                    expected="a dict, or a transformers PretrainedConfig",
+                    got=type(config).__name__,
+                )
+            config = {"architectures": config.architectures or [], **config.to_dict()}
+        return cls(config, ignore_options=ignore_options)
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Architectures that a family of this installation handles."""
+        return sorted({name for family in all_families() for name in family.architectures})
+
+    @staticmethod
+    def supports(config: Mapping[str, Any]) -> bool:
+        """Whether a family handles the architecture of a configuration."""
+        return bool(set(config.get("architectures") or ()) & set(AutoBridge.list_supported_models()))
+
+    def plan(self, layout: ParallelLayout | None = None, *, make_vocab_size_divisible_by: int = 1) -> Plan:
+        """Which part of which HF tensor every rank of `layout` holds. Needs no weights.
+
+        Where the bridge was made from a folder with weights, the plan has their dtypes.
+
+        Raises:
+            LayoutError: the layout does not divide the model; says the numbers.
+        """
+        folder = self._weights()
+        dtypes = {name: tensor.dtype for name, tensor in folder.tensors.items()} if folder else {}
+        return Plan(
+            self.family,
+            self.fields,
+            layout or ParallelLayout(),
+            dtype=self.dtype,
+            dtypes=dtypes,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        )
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype as config.json has it, by its safetensors name; BF16 if it says none."""
+        return dtype_of(str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")).name
+
+    def _weights(self) -> HfFolder | None:
+        if self.path is None or not any(self.path.glob("*.safetensors")):
+            return None
+        return open_hf(self.path)
+
+    @staticmethod
+    def import_ckpt(hf_path: str | Path, megatron_path: str | Path, **options: Any) -> Report:
+        """Convert an HF folder to a Megatron torch_dist folder, offline. See `checkpoint.convert.import_ckpt`.
+
+        Keyword options are those of `Options` (`dtype`, `overwrite`, `threads`, `workers`, `progress`) and
+        `ignore_options`.
+        """
+        run, rest = _split(options)
+        return convert.import_ckpt(hf_path, megatron_path, options=run, **rest)
+
+    def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Report:
+        """Convert a Megatron torch_dist folder to an HF folder, offline. See `checkpoint.convert.export_ckpt`.
+
+        The bridge's own folder, if it holds weights, gives the file layout, config.json and other files.
+        """
+        run, rest = _split(options)
+        source = self.path if self._weights() else None
+        given = {} if source else {"hf_config": self.config}
+        return convert.export_ckpt(megatron_path, hf_path, options=run, **{"source": source, **given, **rest})
+
+    def __repr__(self) -> str:
+        return f"AutoBridge({self.family.name}, {self.path or 'configuration only'})"
+
+
+def _split(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """The options of the run, and those of the one direction."""
+    names = Options.__dataclass_fields__
+    run = {name: value for name, value in options.items() if name in names}
+    return Options(**run), {name: value for name, value in options.items() if name not in names}

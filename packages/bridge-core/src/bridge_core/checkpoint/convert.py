@@ -1,0 +1,308 @@
+"""Offline conversion between an HF folder and a Megatron torch_dist folder. No model, no GPU, no torch.
+
+Both directions are the same four steps: read the headers of the source, plan and audit, lay the output
+out by arithmetic, let the executor copy. Nothing is written before the third step has succeeded, and
+the output gets its name last. Several workers may share the copying; each computes the same layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from bridge_core.checkpoint.dcp_layout import write_frames, write_metadata
+from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf, read_config
+from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
+from bridge_core.checkpoint.megatron_files import megatron_side_files
+from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_megatron
+from bridge_core.checkpoint.output import check_free, check_space, finished_folder, partial_path
+from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
+from bridge_core.checkpoint.transfer import Job, Moved, Progress, share, transfer, write_all
+from bridge_core.checkpoint.wiring import export_jobs, import_jobs, lay_out_megatron, megatron_entries
+from bridge_core.dtypes import dtype_of
+from bridge_core.families import family_for
+from bridge_core.plan import Plan
+from bridge_core.topology import ParallelLayout
+
+ITERATION = "iter_0000000"
+ASSETS = "tokenizer"
+
+# Weights in other formats are not carried along; everything else beside the weights is.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class Workers(Protocol):
+    """Processes that share a conversion. `size` 1 needs no communication at all."""
+
+    rank: int
+    size: int
+
+    def together(self, step: Callable[[], None]) -> None:
+        """Run `step` here; return when all workers did, raise if one of them failed. Collective."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def together(self, step: Callable[[], None]) -> None:
+        """Run `step`."""
+        step()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        output: the finished folder.
+        family: name of the model family.
+        tensors: HF tensors converted.
+        nbytes: bytes of the tensors written, all workers together.
+        moved: bytes by the path they took, this worker's share.
+        ignored: tensors of the source that were left out, each with the reason.
+        carried: files beside the weights that were copied.
+    """
+
+    output: Path
+    family: str
+    tensors: int
+    nbytes: int
+    moved: Moved
+    ignored: dict[str, str]
+    carried: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a conversion runs; the same in both directions.
+
+    Attributes:
+        dtype: convert floating-point tensors to this type; None keeps each as it is.
+        overwrite: replace an output folder that holds something.
+        workers: the processes that share the work.
+        threads: copies in flight per worker.
+        progress: called with numbers of bytes written, from any thread.
+    """
+
+    dtype: str | None = None
+    overwrite: bool = False
+    workers: Workers = Alone()
+    threads: int = 2
+    progress: Progress | None = None
+
+
+def import_ckpt(
+    hf_path: str | Path,
+    megatron_path: str | Path,
+    *,
+    options: Options = Options(),  # noqa: B008 - frozen
+    ignore_options: Sequence[str] = (),
+    on_total: Callable[[int], None] | None = None,
+) -> Report:
+    """Convert an HF safetensors folder to a Megatron torch_dist folder, loadable at any layout.
+
+    Args:
+        hf_path: folder with config.json and safetensors files.
+        megatron_path: output; gets `iter_0000000/` and `latest_checkpointed_iteration.txt`.
+        options: dtype, overwriting, workers.
+        ignore_options: options of config.json to leave out of account although the family does not know them.
+        on_total: called once with the number of bytes to be written, before the first is.
+
+    Raises:
+        BridgeError: bad input (nothing was written) or a failed write (nothing looks finished).
+    """
+    source = open_hf(hf_path)
+    output = Path(megatron_path)
+    check_free(output, overwrite=options.overwrite)
+    family = family_for(source.config)
+    fields = family.to_megatron(source.config, ignore=ignore_options)
+    plan = Plan(family, fields, ParallelLayout(), dtypes={n: t.dtype for n, t in source.tensors.items()})
+    audit = plan.audit(source.shapes)
+    files = options.workers.size * options.threads
+    layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
+    nbytes = sum(layout.files.values())
+    main_dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
+    run_config = write_run_config(fields, family, source.config, main_dtype)
+    carried = _assets(source)
+
+    def prepare(folder: Path) -> None:
+        iteration = folder / ITERATION
+        iteration.mkdir()
+        for name, data in megatron_side_files({"iteration": 0, "checkpoint_version": 3.0}).items():
+            (iteration / name).write_bytes(data)
+        (iteration / RUN_CONFIG).write_text(run_config, encoding="utf-8")
+        (folder / LATEST).write_text("0", encoding="utf-8")
+        _copy_files(source.path, carried, iteration / ASSETS)
+
+    def fill(folder: Path, rank: int, size: int) -> Moved:
+        names = [name for number, name in enumerate(layout.files) if number % size == rank]
+        write_frames(folder / ITERATION, layout, files=names)
+        jobs = [job for job in import_jobs(plan, source, layout, folder / ITERATION) if job.target.path.name in names]
+        return transfer(jobs, threads=options.threads, progress=options.progress)
+
+    if on_total:
+        on_total(sum(job.nbytes for job in layout.placed()))
+    moved = _write(output, nbytes, options, prepare, fill, lambda folder: write_metadata(folder / ITERATION, layout))
+    reasons = {name: _reason(family.ignored, name) for name in audit.ignored}
+    return Report(
+        output=output,
+        family=family.name,
+        tensors=audit.hf_tensors,
+        nbytes=nbytes,
+        moved=moved,
+        ignored=reasons,
+        carried=tuple(str(file.relative_to(source.path)) for file in carried),
+    )
+
+
+def export_ckpt(
+    megatron_path: str | Path,
+    hf_path: str | Path,
+    *,
+    source: str | Path | None = None,
+    hf_config: str | Path | Mapping[str, Any] | None = None,
+    max_shard_size: int = 5_000_000_000,
+    options: Options = Options(),  # noqa: B008 - frozen
+    on_total: Callable[[int], None] | None = None,
+) -> Report:
+    """Convert a Megatron torch_dist folder, saved at any layout by anyone, to an HF safetensors folder.
+
+    Args:
+        megatron_path: a run's folder or one iteration's.
+        hf_path: output folder.
+        source: an HF folder whose file layout, config.json and other files are to be used; the weights in
+            it are not read.
+        hf_config: config.json (path or content) for a checkpoint that does not say how its model is configured.
+        max_shard_size: bytes per weight file, where no `source` says how to split.
+        options: dtype, overwriting, workers.
+        on_total: called once with the number of bytes to be written, before the first is.
+
+    Raises:
+        BridgeError: bad input (nothing was written) or a failed write (nothing looks finished).
+    """
+    output = Path(hf_path)
+    check_free(output, overwrite=options.overwrite)
+    like = open_hf(source) if source is not None else None
+    config = like.config if like else _as_config(hf_config)
+    checkpoint = open_megatron(megatron_path, hf_config=config)
+    plan = _export_plan(checkpoint)
+    wired = megatron_entries(plan, checkpoint)
+    shapes = plan.hf_tensors
+    dtypes = wired.hf_dtypes(options.dtype)
+    layout = lay_out_like(like, plan, dtypes) if like else lay_out_files(shapes, dtypes, max_shard_size)
+    written_config = _written_config(checkpoint, like, layout, options.dtype)
+    carried = _assets(like) if like else _stored_assets(checkpoint)
+    base = like.path if like else checkpoint.path / ASSETS
+
+    def prepare(folder: Path) -> None:
+        for file in layout.files:
+            descriptor = os.open(folder / file.name, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.ftruncate(descriptor, file.nbytes)
+                write_all(descriptor, file.header, 0)
+            finally:
+                os.close(descriptor)
+        _copy_files(base, carried, folder)
+
+    def fill(folder: Path, rank: int, size: int) -> Moved:
+        jobs: list[Job] = share(export_jobs(plan, wired, layout, folder), rank, size)
+        return transfer(jobs, threads=options.threads, progress=options.progress)
+
+    def finish(folder: Path) -> None:
+        if len(layout.files) > 1 or layout.files[0].name != SINGLE:
+            (folder / INDEX).write_text(layout.index(), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(written_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    if on_total:
+        on_total(layout.nbytes)
+    moved = _write(output, layout.nbytes, options, prepare, fill, finish)
+    return Report(
+        output=output,
+        family=plan.family.name,
+        tensors=len(shapes),
+        nbytes=layout.nbytes,
+        moved=moved,
+        ignored={key: "no weight: training state" for key in checkpoint.dcp.tensors.keys() - checkpoint.weights().keys()},
+        carried=tuple(str(file.relative_to(base)) for file in carried),
+    )
+
+
+def _write(
+    output: Path,
+    nbytes: int,
+    options: Options,
+    prepare: Callable[[Path], None],
+    fill: Callable[[Path, int, int], Moved],
+    finish: Callable[[Path], None],
+) -> Moved:
+    """Prepare, fill and finish the output folder: the first and last by worker 0, the filling by all."""
+    workers = options.workers
+    moved: list[Moved] = []
+    partial = partial_path(output)
+    with ExitStack() as stack:
+
+        def open_and_prepare() -> None:
+            if workers.rank == 0:
+                stack.enter_context(finished_folder(output, overwrite=options.overwrite, nbytes=nbytes))
+                prepare(partial)
+
+        workers.together(open_and_prepare)
+        workers.together(lambda: moved.append(fill(partial, workers.rank, workers.size)))
+        workers.together(lambda: finish(partial) if workers.rank == 0 else None)
+    workers.together(lambda: None)
+    return moved[0]
+
+
+def _export_plan(checkpoint: MegatronFolder) -> Plan:
+    """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has."""
+    stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
+    rows = max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None
+    return Plan(checkpoint.family, checkpoint.fields, ParallelLayout(), padded_vocab=rows)
+
+
+def _as_config(value: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return read_config(Path(value)) if isinstance(value, str | Path) else value
+
+
+def _written_config(
+    checkpoint: MegatronFolder, like: HfFolder | None, layout: HfLayout, dtype: str | None
+) -> dict[str, Any]:
+    """config.json of an export: the source's or the stored one if there is one, rebuilt from fields else."""
+    config = dict(like.config if like else checkpoint.hf_config or checkpoint.family.to_hf(checkpoint.fields))
+    written = dtype_of(layout.main_dtype()).torch
+    if "torch_dtype" in config:
+        config["torch_dtype"] = written
+    if "dtype" in config or "torch_dtype" not in config:
+        config["dtype"] = written
+    return config
+
+
+def _assets(folder: HfFolder) -> list[Path]:
+    return [file for file in folder.other_files() if not file.name.endswith(_OTHER_WEIGHTS)]
+
+
+def _stored_assets(checkpoint: MegatronFolder) -> list[Path]:
+    return sorted(file for file in (checkpoint.path / ASSETS).rglob("*") if file.is_file())
+
+
+def _copy_files(base: Path, files: Sequence[Path], target: Path) -> None:
+    for file in files:
+        to = target / file.relative_to(base)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+
+
+def _reason(ignored: Mapping[str, str], name: str) -> str:
+    from bridge_core.patterns import match
+
+    return next(reason for pattern, reason in ignored.items() if match(pattern, name) is not None)

@@ -1,0 +1,182 @@
+"""A Hugging Face checkpoint folder: its configuration, its tensors, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bridge_core.checkpoint.safetensors import Stored, read_header
+from bridge_core.errors import CheckpointError, ConfigError, UnsafeCheckpointError, preview
+from bridge_core.geometry import Shape
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """An HF folder whose headers were read and checked; no tensor data was.
+
+    Attributes:
+        path: the folder.
+        config: content of config.json.
+        tensors: where each tensor lies, in the order of files and of bytes within them.
+        files: weight file to the names of its tensors, in byte order.
+        metadata: weight file to its `__metadata__`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Stored] = field(repr=False)
+    files: dict[str, list[str]] = field(repr=False)
+    metadata: dict[str, dict[str, str]] = field(repr=False)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def other_files(self) -> list[Path]:
+        """Every file that is neither a weight file nor their index nor config.json: tokenizer, generation, docs."""
+        own = {*self.files, INDEX, CONFIG}
+        return sorted(
+            file
+            for file in self.path.rglob("*")
+            if file.is_file()
+            and str(file.relative_to(self.path)) not in own
+            and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("a checkpoint file is missing", where=path, expected=f"a file {path.name}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError("a file is not valid JSON", where=path, got=error) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("a JSON file does not hold an object", where=path, got=type(value).__name__)
+    return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of an HF folder, or the file itself.
+
+    Raises:
+        CheckpointError: there is no such folder, or it has no readable config.json.
+    """
+    if not path.exists():
+        raise CheckpointError("no such folder", where=path, fix="check the path; models are not downloaded")
+    config = read_json(path / CONFIG if path.is_dir() else path)
+    if "quantization_config" in config:
+        raise ConfigError(
+            "quantised checkpoints are not converted",
+            where=f"{path}: quantization_config",
+            expected="weights in bf16, fp16 or fp32",
+            got=config["quantization_config"],
+            fix="dequantise the checkpoint first",
+        )
+    return config
+
+
+def open_hf(path: str | Path) -> HfFolder:
+    """Read the configuration and all headers of an HF checkpoint folder.
+
+    Raises:
+        CheckpointError: something is missing, truncated, corrupt or contradictory; names the file.
+        UnsafeCheckpointError: the index names a file outside of the folder.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    weight_map = _weight_map(folder)
+    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    tensors: dict[str, Stored] = {}
+    files: dict[str, list[str]] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for name in names:
+        found, metadata[name] = read_header(folder / name)
+        if doubled := [tensor for tensor in found if tensor in tensors]:
+            raise CheckpointError(
+                "a tensor is in two files",
+                where=preview(doubled),
+                expected="each tensor once",
+                got=f"in {tensors[doubled[0]].path.name} and in {name}",
+                fix="remove the file that does not belong to this checkpoint",
+            )
+        tensors.update(found)
+        files[name] = list(found)
+    if weight_map is not None:
+        _check_index(folder, weight_map, files)
+    return HfFolder(folder, config, tensors, files, metadata)
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor to file, from the index; None for a folder with one file."""
+    if not (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            return None
+        raise CheckpointError(
+            "the folder holds no safetensors checkpoint",
+            where=folder,
+            expected=f"{INDEX} or {SINGLE}",
+            got=preview(sorted(file.name for file in folder.iterdir())) or "an empty folder",
+            fix="convert pickled weights (.bin, .pt) to safetensors first; pickles are not read",
+        )
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index has no weight_map", where=folder / INDEX)
+    for name in set(weight_map.values()):
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in str(name):
+            raise UnsafeCheckpointError(
+                "the index names a file outside of the checkpoint's folder",
+                where=folder / INDEX,
+                expected="file names inside the folder",
+                got=name,
+                fix="do not use this checkpoint",
+            )
+    return weight_map
+
+
+def _check_index(folder: Path, weight_map: dict[str, str], files: dict[str, list[str]]) -> None:
+    """The index and the files' own headers say the same."""
+    actual = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    if absent := [name for name in weight_map if name not in actual]:
+        raise CheckpointError(
+            "the index names tensors that are in no file",
+            where=folder / INDEX,
+            expected=f"{preview(absent)} in {weight_map[absent[0]]}",
+            got="not in that file's header",
+            fix="download the checkpoint again, completely",
+        )
+    if unlisted := [name for name in actual if name not in weight_map]:
+        raise CheckpointError(
+            "a file holds tensors that the index does not name",
+            where=actual[unlisted[0]],
+            expected="every tensor in the index",
+            got=preview(unlisted),
+            fix="remove files of another checkpoint, or write the index again",
+        )
+    if moved := [name for name in actual if weight_map[name] != actual[name]]:
+        first = moved[0]
+        raise CheckpointError(
+            "the index names another file for a tensor than the one it is in",
+            where=first,
+            expected=weight_map[first],
+            got=actual[first],
+            fix="write the index again",
+        )

@@ -1,0 +1,85 @@
+"""The weight files of an HF folder that is still to be written, laid out by arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from bridge_core.checkpoint.hf_folder import SINGLE, HfFolder
+from bridge_core.checkpoint.safetensors import Laid, lay_out, place
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import CoverageError, preview
+from bridge_core.geometry import Shape
+from bridge_core.plan import Plan
+
+FORMAT = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class HfLayout:
+    """Weight files, each with its header and the place of every tensor."""
+
+    files: tuple[Laid, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    def main_dtype(self) -> str:
+        """The dtype that most elements have: what config.json calls the model's dtype."""
+        count: Counter[str] = Counter()
+        for file in self.files:
+            for _, dtype, shape in file.tensors.values():
+                count[dtype] += prod(shape)
+        return count.most_common(1)[0][0]
+
+    def index(self) -> str:
+        """Content of `model.safetensors.index.json`, as transformers writes it."""
+        weight_map = {tensor: file.name for file in self.files for tensor in file.tensors}
+        total = sum(
+            prod(shape) * dtype_of(dtype).itemsize for file in self.files for _, dtype, shape in file.tensors.values()
+        )
+        elements = sum(prod(shape) for file in self.files for _, _, shape in file.tensors.values())
+        metadata = {"total_parameters": elements, "total_size": total}
+        return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+
+
+def lay_out_files(shapes: Mapping[str, Shape], dtypes: Mapping[str, str], max_shard_size: int) -> HfLayout:
+    """Files of at most `max_shard_size` bytes of tensors (but at least one tensor), in the order of `shapes`.
+
+    Names are transformers': `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
+    """
+    shards: list[list[tuple[str, str, Shape]]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * dtype_of(dtypes[name]).itemsize
+        if shards[-1] and held + nbytes > max_shard_size:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, dtypes[name], shape))
+        held += nbytes
+    if len(shards) == 1:
+        return HfLayout((lay_out(SINGLE, shards[0], metadata=FORMAT),))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return HfLayout(tuple(lay_out(n, shard, metadata=FORMAT) for n, shard in zip(names, shards, strict=True)))
+
+
+def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str]) -> HfLayout:
+    """The files of `source`, with the same tensors in the same order; only dtypes may differ.
+
+    Raises:
+        CoverageError: the source holds other tensors than the plan, or other shapes.
+    """
+    ignored = set(plan.audit(source.shapes).ignored)
+    files: list[Laid] = []
+    for name, tensors in source.files.items():
+        kept = [(tensor, dtypes[tensor], plan.hf_tensors[tensor]) for tensor in tensors if tensor not in ignored]
+        if kept:
+            files.append(place(name, kept, metadata=source.metadata[name] or None))
+    if not files:
+        raise CoverageError("the source holds no tensor of the model", where=source.path, got=preview(source.tensors))
+    return HfLayout(tuple(files))

@@ -1,0 +1,132 @@
+"""Output folders that are either finished or not there: written aside, renamed at the end.
+
+A run writes into `.<name>.partial` beside the output folder. Only the last step, one `rename`, gives
+the folder its name, so a run that is killed leaves nothing that looks finished, and the next run
+clears its remains. A lock on the partial folder keeps two runs from writing the same output.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bridge_core.errors import OutputError, preview
+
+
+def partial_path(path: Path) -> Path:
+    """Where the output is written until it is finished."""
+    return path.parent / f".{path.name}.partial"
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise unless `path` may become an output folder.
+
+    Raises:
+        OutputError: it is a file, or a folder with something in it and `overwrite` was not given.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError("the output is a file", where=path, expected="a folder", fix="choose another path")
+    if path.is_dir() and not overwrite and (held := sorted(file.name for file in path.iterdir())):
+        raise OutputError(
+            "the output folder already holds something",
+            where=path,
+            expected="an empty folder, or none",
+            got=preview(held),
+            fix="choose another folder, or pass --overwrite (overwrite=True) to replace it",
+        )
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise unless the file system that `path` will be on has room for `nbytes`.
+
+    Raises:
+        OutputError: it has not; says how much is needed and how much there is.
+    """
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(
+            "the disk has not enough room for the output",
+            where=path,
+            expected=f"{nbytes:,} bytes",
+            got=f"{free:,} bytes free",
+            fix="free some space, or write to another disk",
+        )
+
+
+@contextmanager
+def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the block ends without an error.
+
+    Args:
+        path: the output folder.
+        overwrite: replace a folder that holds something; it stays as it was until the new one is finished.
+        nbytes: room needed; checked before anything is created.
+
+    Raises:
+        OutputError: the output is in use, the disk is full, or a write failed for another reason of the
+            operating system. What was written so far is removed.
+    """
+    check_free(path, overwrite=overwrite)
+    check_space(path, nbytes)
+    partial = partial_path(path)
+    with _locked(partial, path):
+        try:
+            _remove(partial)
+            partial.mkdir(parents=True)
+            yield partial
+            _publish(partial, path)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, OutputError):
+                raise OutputError(
+                    "the output could not be written",
+                    where=error.filename or path,
+                    got=error.strerror or error,
+                    fix="nothing was left behind; free space or mend permissions and run again",
+                ) from error
+            raise
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Make the finished folder visible under its name; the one it replaces is removed afterwards."""
+    old = path.parent / f".{path.name}.replaced"
+    _remove(old)
+    if path.is_dir():
+        if any(path.iterdir()):
+            os.rename(path, old)
+        else:
+            path.rmdir()
+    os.rename(partial, path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(partial: Path, path: Path) -> Iterator[None]:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = partial.with_suffix(".lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                "another run is writing this output",
+                where=path,
+                fix="wait for it, or choose another folder",
+            ) from None
+        yield
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)

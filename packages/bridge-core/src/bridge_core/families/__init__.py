@@ -1,0 +1,103 @@
+"""The model families, found by the architecture that config.json names.
+
+To add one in this package: write `families/<name>.py` and add a line to `_BUILT_IN`. To add one
+without touching it: expose a `Family` through an entry point of group `bridge_core.families`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from bridge_core.errors import ConfigError, preview
+from bridge_core.families.family import Config, Family, Field, Fields, Table
+
+__all__ = ["Config", "Family", "Field", "Fields", "Table", "all_families", "family_for", "family_named", "recognise"]
+
+ENTRY_POINTS = "bridge_core.families"
+
+_BUILT_IN = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
+
+
+def _load(name: str) -> Family:
+    return import_module(f"bridge_core.families.{name}").FAMILY
+
+
+@cache
+def _third_party() -> tuple[Family, ...]:
+    return tuple(_checked(point.name, point.load()) for point in entry_points(group=ENTRY_POINTS))
+
+
+def _checked(name: str, family: Any) -> Family:
+    if not isinstance(family, Family):
+        raise ConfigError(
+            "an entry point does not give a model family",
+            where=f"{ENTRY_POINTS}: {name}",
+            expected="an instance of bridge_core.families.Family",
+            got=type(family).__name__,
+            fix="mend or uninstall the package that brings it",
+        )
+    return family
+
+
+def all_families() -> tuple[Family, ...]:
+    """Every known family: those of this package, then those that entry points bring."""
+    built_in = tuple(_load(name) for name in dict.fromkeys(_BUILT_IN.values()))
+    return built_in + _third_party()
+
+
+def family_for(config: Config) -> Family:
+    """The family of an HF configuration, by its `architectures`.
+
+    Raises:
+        ConfigError: no architecture is named, or none that is known; says how to add one.
+    """
+    named = [str(name) for name in config.get("architectures") or ()]
+    for name in named:
+        for family in _third_party():
+            if name in family.architectures:
+                return family
+        if name in _BUILT_IN:
+            return _load(_BUILT_IN[name])
+    known = sorted({name for family in all_families() for name in family.architectures})
+    raise ConfigError(
+        "no model family handles this architecture" if named else "config.json does not say its architecture",
+        where="config.json: architectures",
+        expected=f"one of {', '.join(known)}",
+        got=", ".join(named) or "nothing",
+        fix="write a family (one short file, docs: 'Add a model family') and register it "
+        f"through an entry point of group {ENTRY_POINTS!r}",
+    )
+
+
+def family_named(name: str) -> Family:
+    """The family with a given short name."""
+    families = {family.name: family for family in all_families()}
+    if name in families:
+        return families[name]
+    raise ConfigError("no such model family", where=name, expected=f"one of {', '.join(sorted(families))}")
+
+
+def recognise(fields: Fields) -> Family:
+    """The family that a checkpoint with these Megatron fields belongs to, when nothing names it.
+
+    Raises:
+        ConfigError: none, or more than one, recognises the model.
+    """
+    found = [family for family in all_families() if family.recognises(fields)]
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(
+        "the model family cannot be told from the checkpoint's configuration",
+        expected="exactly one family that recognises it",
+        got=preview(family.name for family in found) or "none",
+        fix="pass the HF folder (or its config.json) that the model came from",
+    )

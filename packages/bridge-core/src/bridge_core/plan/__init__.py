@@ -1,0 +1,7 @@
+"""Plans: from a family's table and a layout to the pieces of every rank, with proof and price."""
+
+from bridge_core.plan.audit import Audit
+from bridge_core.plan.entries import Entry, compile_entries
+from bridge_core.plan.plan import Plan, RankCost, Shard, TensorMeta
+
+__all__ = ["Audit", "Entry", "Plan", "RankCost", "Shard", "TensorMeta", "compile_entries"]

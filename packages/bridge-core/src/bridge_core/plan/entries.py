@@ -1,0 +1,176 @@
+"""A family's table, compiled for one model: every row becomes an `Entry`, once for all its layers.
+
+Work is per *row*, never per tensor: a model with 90,000 tensors has about 15 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from bridge_core.errors import ConfigError, CoverageError
+from bridge_core.families import Family, Fields
+from bridge_core.geometry import Box, Piece, Shape, row_major, tiling_error
+from bridge_core.patterns import fill, holes
+from bridge_core.rules import Dims, Split, Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row of a mapping table for one model: all instances of one kind of Megatron tensor.
+
+    Attributes:
+        name: Megatron name pattern, holes open.
+        shape: global shape of one instance (one layer, one expert).
+        hf: the HF tensors it is made of, as patterns.
+        pieces: HF to Megatron, for one instance; a stacked HF tensor needs `instance` to shift them.
+        split: how tensor parallelism cuts it; None if every rank holds all of it.
+        padding: rows that no HF element fills.
+        layers: global numbers of the layers that have it; `(0,)` when the name has no layer.
+        experts: number of experts; 1 when the name has no expert.
+    """
+
+    name: str
+    shape: Shape
+    hf: tuple[Tensor, ...]
+    pieces: tuple[Piece, ...]
+    split: Split | None
+    padding: Box | None
+    layers: tuple[int, ...]
+    experts: int
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether expert parallelism places it, and expert-tensor parallelism cuts it."""
+        return "{expert}" in self.name
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether it exists once per layer."""
+        return "{layer}" in self.name
+
+    @property
+    def numel(self) -> int:
+        """Elements of one instance."""
+        return prod(self.shape)
+
+    def instances(self) -> Iterator[tuple[int, int]]:
+        """All (layer, expert) numbers."""
+        return ((layer, expert) for layer in self.layers for expert in range(self.experts))
+
+    def instance(self, pieces: tuple[Piece, ...], layer: int, expert: int) -> list[Piece]:
+        """`pieces` with names filled in, moved to the expert's place in stacked HF tensors."""
+        shifts = {t.name: self.stack_stride(t) * expert for t in self.hf}
+        target = fill(self.name, layer, expert)
+        return [
+            Piece(
+                piece.shape,
+                piece.source.moved(shifts[piece.source.tensor], fill(piece.source.tensor, layer, expert)),
+                piece.target.moved(0, target),
+            )
+            for piece in pieces
+        ]
+
+    def stack_stride(self, tensor: Tensor) -> int:
+        """Elements from one expert to the next in a stacked HF tensor; 0 if it is not stacked."""
+        stacked = self.is_expert and "{expert}" not in tensor.name
+        return row_major(tensor.shape)[0] if stacked else 0
+
+    def hf_names(self) -> Iterator[tuple[str, Tensor]]:
+        """Filled-in names of all HF tensors, each once, with the tensor they are instances of."""
+        for tensor in self.hf:
+            found = holes(tensor.name)
+            layers = self.layers if "layer" in found else (0,)
+            experts = range(self.experts) if "expert" in found else (0,)
+            for layer in layers:
+                at_layer = tensor.name.replace("{layer}", str(layer))
+                if "expert" not in found:
+                    yield at_layer, tensor
+                    continue
+                head, tail = at_layer.split("{expert}")
+                for expert in experts:
+                    yield f"{head}{expert}{tail}", tensor
+
+    def check(self) -> None:
+        """Raise unless the pieces tile the Megatron instance and the HF tensors exactly once.
+
+        Raises:
+            CoverageError: names the tensor, the family's row, and the first element that is wrong.
+        """
+        targets = [(piece.shape, piece.target) for piece in self.pieces]
+        error = tiling_error_with(self.shape, targets, self.padding)
+        where = self.name
+        for tensor in self.hf:
+            shape = tensor.shape[1:] if self.stack_stride(tensor) else tensor.shape
+            sources = [(p.shape, p.source) for p in self.pieces if p.source.tensor == tensor.name]
+            if error is None and (error := tiling_error(shape, sources)):
+                where = tensor.name
+        if error:
+            raise CoverageError(
+                "a mapping does not cover a tensor exactly once",
+                where=where,
+                expected="every element once",
+                got=error,
+                fix=f"mend the row of {self.name} in the family's table, or its rule",
+            )
+
+
+def tiling_error_with(shape: Shape, views: list, padding: Box | None) -> str | None:
+    """`tiling_error` of a tensor some of whose elements are padding."""
+    if padding is None:
+        return tiling_error(shape, views)
+    filled = tuple(p if p else n for p, n in zip(padding.start, shape, strict=True))
+    return tiling_error(filled, views)
+
+
+def model_dims(fields: Fields, padded_vocab: int) -> Dims:
+    """The sizes that rules may name, from a model's Megatron fields."""
+    dims = {
+        "hidden": fields["hidden_size"],
+        "ffn": fields["ffn_hidden_size"],
+        "heads": fields["num_attention_heads"],
+        "groups": fields["num_query_groups"],
+        "head_dim": fields["kv_channels"],
+        "vocab": fields["vocab_size"],
+        "padded_vocab": padded_vocab,
+        "experts": fields.get("num_moe_experts") or 0,
+        "moe_ffn": fields.get("moe_ffn_hidden_size") or 0,
+    }
+    for name, value in dims.items():
+        if not isinstance(value, int) or value < 0:
+            raise ConfigError("a size is not a whole number", where=name, expected="an int >= 0", got=repr(value))
+    if dims["groups"] < 1 or dims["heads"] % dims["groups"]:
+        raise ConfigError(
+            "query heads do not divide into groups",
+            where="num_attention_heads, num_key_value_heads",
+            expected="a number of heads that is a multiple of the number of key/value heads",
+            got=f"{dims['heads']} heads, {dims['groups']} groups",
+            fix="correct config.json",
+        )
+    return dims
+
+
+def compile_entries(family: Family, fields: Fields, *, padded_vocab: int | None = None) -> tuple[Entry, ...]:
+    """All rows of a family's table for one model, each checked to be an exact tiling.
+
+    Args:
+        family: the model family.
+        fields: Megatron fields of the model.
+        padded_vocab: rows of the embedding on the Megatron side; None for no padding.
+    """
+    dims = model_dims(fields, padded_vocab or fields["vocab_size"])
+    every_layer = tuple(range(fields["num_layers"]))
+    entries: list[Entry] = []
+    for name, rule in family.table(fields).items():
+        expansion = rule.expand(name, dims)
+        found = holes(name)
+        entry = Entry(
+            name=name,
+            **expansion._asdict(),
+            layers=(every_layer if rule.layers is None else rule.layers) if "layer" in found else (0,),
+            experts=dims["experts"] if "expert" in found else 1,
+        )
+        entry.check()
+        entries.append(entry)
+    return tuple(entries)

@@ -1,0 +1,375 @@
+"""A conversion plan: entries x layout -> the pieces of every rank. Printed, audited, costed; no weights.
+
+Planning is lazy where names are concerned: a plan holds about 15 entries, and for each of them the
+pieces of one tensor-parallel coordinate, computed once. Names and numbers are filled in when asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import LayoutError
+from bridge_core.families import Family, Fields
+from bridge_core.geometry import Box, Piece, Shape, restrict, whole
+from bridge_core.patterns import fill
+from bridge_core.plan.audit import Audit, audit
+from bridge_core.plan.entries import Entry, compile_entries
+from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range, place_layers
+
+
+class TensorMeta(NamedTuple):
+    """What a receiver of HF weights must know of one of them before it arrives.
+
+    Tensors of one `group` are made from the same Megatron tensors and have to travel together.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    nbytes: int
+    group: str
+
+
+class Shard(NamedTuple):
+    """One parameter of one rank, and the pieces of HF tensors that it holds.
+
+    Attributes:
+        param: name in the rank's model chunk, with local layer and expert numbers.
+        chunk: virtual pipeline stage, the index in the list of model chunks.
+        name: canonical Megatron name, with global numbers.
+        shape: local shape.
+        pieces: HF tensor (source) to the local parameter (target).
+        pad: regions of the local parameter that no HF element fills.
+    """
+
+    param: str
+    chunk: int
+    name: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    pad: tuple[Box, ...] = ()
+
+
+class RankCost(NamedTuple):
+    """What one rank holds: how many parameters, how many bytes, and where the bytes lie."""
+
+    rank: int
+    coords: RankCoords
+    layers: tuple[int, ...]
+    tensors: int
+    nbytes: int
+    parts: dict[str, int]
+
+
+class LocalForm(NamedTuple):
+    """An entry as one tensor-parallel coordinate holds it, holes open."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    blocks: tuple[tuple[Box, Shape], ...]
+    pad: tuple[Box, ...]
+
+
+class Plan:
+    """Which part of which HF tensor every rank of a layout holds.
+
+    Made by `AutoBridge.plan`, or directly from a family and the Megatron fields of a model.
+
+    Args:
+        family: the model family.
+        fields: Megatron fields (see `Family.to_megatron`).
+        layout: the parallel layout.
+        dtype: safetensors dtype of the HF tensors, where `dtypes` does not say otherwise.
+        dtypes: safetensors dtype by HF name.
+        make_vocab_size_divisible_by: the Megatron vocabulary is padded to a multiple of this times `tp`.
+        padded_vocab: rows of the Megatron vocabulary, where they are known already.
+
+    Raises:
+        LayoutError: heads, experts, layers or widths do not divide over the layout.
+        CoverageError: a row of the family's table does not tile its tensors.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        fields: Fields,
+        layout: ParallelLayout,
+        *,
+        dtype: str = "BF16",
+        dtypes: Mapping[str, str] | None = None,
+        make_vocab_size_divisible_by: int = 1,
+        padded_vocab: int | None = None,
+    ) -> None:
+        self.family = family
+        self.fields = fields
+        self.layout = layout
+        self.dtype = dtype
+        self.dtypes = dict(dtypes or {})
+        unit = make_vocab_size_divisible_by * layout.tp
+        self.padded_vocab = padded_vocab or -(-fields["vocab_size"] // unit) * unit
+        self.entries = compile_entries(family, fields, padded_vocab=self.padded_vocab)
+        self.placement = place_layers(layout, num_layers=fields["num_layers"])
+        check_layout(fields, layout)
+        self.local_form = cache(self._local_form)
+
+    # --- Both sides, whole ---------------------------------------------------------------------
+
+    @cached_property
+    def hf_tensors(self) -> dict[str, Shape]:
+        """Shape of every HF tensor by name, in the order of the table."""
+        return {name: tensor.shape for entry in self.entries for name, tensor in entry.hf_names()}
+
+    @cached_property
+    def megatron_tensors(self) -> dict[str, Shape]:
+        """Global shape of every Megatron tensor by canonical name."""
+        return {fill(e.name, *instance): e.shape for e in self.entries for instance in e.instances()}
+
+    def metadata(self) -> list[TensorMeta]:
+        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export."""
+        found: dict[str, TensorMeta] = {}
+        for entry in self.entries:
+            for layer, expert in entry.instances():
+                name = fill(entry.name, layer, expert)
+                for tensor in entry.hf:
+                    hf = fill(tensor.name, layer, expert)
+                    group = hf if entry.stack_stride(tensor) else name
+                    dtype = self.dtypes.get(hf, self.dtype)
+                    nbytes = prod(tensor.shape) * dtype_of(dtype).itemsize
+                    found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
+        return list(found.values())
+
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces of the conversion, HF tensor to global Megatron tensor, whatever the layout."""
+        for entry in self.entries:
+            for layer, expert in entry.instances():
+                yield from entry.instance(entry.pieces, layer, expert)
+
+    # --- One rank ------------------------------------------------------------------------------
+
+    def local_shards(self, rank: int) -> list[Shard]:
+        """What `rank` owns of which HF tensor: one shard per parameter of its model chunks.
+
+        With tied embeddings and several pipeline stages, the last stage holds a copy of the embedding
+        under the name `output_layer.weight`, as in megatron-core.
+        """
+        return list(self.iter_local_shards(rank))
+
+    def iter_local_shards(self, rank: int) -> Iterator[Shard]:
+        """`local_shards`, one at a time."""
+        coords = self.layout.coords(rank)
+        for stage in self.placement.stages_of(coords.pp):
+            for entry in self.entries:
+                form = self.local_form(entry.name, coords.etp if entry.is_expert else coords.tp)
+                experts = self.experts_of(entry, coords.ep)
+                for layer in self.layers_of(entry, stage):
+                    for expert in experts:
+                        yield self._shard(entry, form, stage, layer, expert, expert - experts.start)
+
+    def _shard(
+        self, entry: Entry, form: LocalForm, stage: PipelineStage, layer: int, expert: int, local_expert: int
+    ) -> Shard:
+        name = entry.name
+        if name == EMBEDDING and not stage.pre_process:
+            name = OUTPUT
+        param = fill(name, layer - stage.layer_offset, local_expert)
+        pieces = tuple(
+            piece._replace(target=piece.target._replace(tensor=param))
+            for piece in entry.instance(form.pieces, layer, expert)
+        )
+        return Shard(param, stage.vp_stage, fill(entry.name, layer, expert), form.shape, pieces, form.pad)
+
+    def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
+        if not entry.has_layer:
+            return (0,) if holds_end(entry.name, stage, tied=self._tied) else ()
+        if len(entry.layers) == self.fields["num_layers"]:
+            return stage.decoder_layers
+        wanted = set(entry.layers)
+        return [layer for layer in stage.decoder_layers if layer in wanted]
+
+    def experts_of(self, entry: Entry, ep_rank: int) -> range:
+        if not entry.is_expert:
+            return range(1)
+        return expert_range(entry.experts, ep=self.layout.ep, ep_rank=ep_rank)
+
+    @property
+    def _tied(self) -> bool:
+        return bool(self.fields["share_embeddings_and_output_weights"])
+
+    def entry(self, name: str) -> Entry:
+        """The entry with a given Megatron name pattern."""
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def _local_form(self, name: str, coordinate: int) -> LocalForm:
+        """An entry cut for one coordinate of the axis that splits it (tp, or etp for experts); cached."""
+        entry = self.entry(name)
+        size = self.layout.etp if entry.is_expert else self.layout.tp
+        if entry.split is None or size == 1:
+            blocks = ((whole(entry.shape), (0,) * len(entry.shape)),)
+            shape = entry.shape
+        else:
+            blocks = entry.split.blocks(entry.shape, size, coordinate, name=entry.name)
+            shape = tuple(n // size if d == entry.split.dim else n for d, n in enumerate(entry.shape))
+        pieces = tuple(
+            part
+            for box, at in blocks
+            for piece in entry.pieces
+            for part in restrict(piece, "target", entry.shape, box, shape, at)
+        )
+        return LocalForm(shape, pieces, blocks, _local_padding(entry, blocks))
+
+    def cost(self, rank: int) -> RankCost:
+        """Parameters and bytes of one rank, by arithmetic alone."""
+        coords = self.layout.coords(rank)
+        itemsize = dtype_of(self.dtype).itemsize
+        parts: dict[str, int] = {}
+        tensors = 0
+        layers: list[int] = []
+        for stage in self.placement.stages_of(coords.pp):
+            layers += stage.decoder_layers
+            for entry in self.entries:
+                count = len(list(self.layers_of(entry, stage))) * len(self.experts_of(entry, coords.ep))
+                form = self.local_form(entry.name, coords.etp if entry.is_expert else coords.tp)
+                part = part_of(entry.name)
+                parts[part] = parts.get(part, 0) + count * prod(form.shape) * itemsize
+                tensors += count
+        return RankCost(rank, coords, tuple(layers), tensors, sum(parts.values()), parts)
+
+    # --- The whole plan ------------------------------------------------------------------------
+
+    def audit(self, inventory: Mapping[str, Shape] | None = None) -> Audit:
+        """Prove that the plan covers every element of both sides exactly once.
+
+        Args:
+            inventory: shapes of the tensors that an HF checkpoint really has; compared with the plan.
+
+        Raises:
+            CoverageError: names the first tensors that are missing, unexpected, misshapen, or not
+                covered exactly once, on either side.
+        """
+        return audit(self, inventory)
+
+    def to_dict(self, rank: int | None = None) -> dict[str, Any]:
+        """The plan as JSON values: entries with open holes, or the expanded pieces of one rank."""
+        head = {"family": self.family.name, "layout": self.layout.to_dict(), "dtype": self.dtype}
+        if rank is not None:
+            return head | {"rank": rank, "shards": [_shard_dict(s) for s in self.iter_local_shards(rank)]}
+        ranks = [cost._asdict() | {"coords": _coords_dict(cost.coords)} for cost in self.costs()]
+        return head | {"megatron": self.fields, "entries": [_entry_dict(e) for e in self.entries], "ranks": ranks}
+
+    def to_json(self, rank: int | None = None, *, indent: int | None = None) -> str:
+        """`to_dict` as text; a refit manifest when a rank is given."""
+        return json.dumps(self.to_dict(rank), indent=indent)
+
+    def costs(self) -> list[RankCost]:
+        """`cost` of every rank."""
+        return [self.cost(rank) for rank in range(self.layout.world_size)]
+
+    def __repr__(self) -> str:
+        return f"Plan({self.family.name}, {len(self.entries)} entries, {self.layout})"
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+def holds_end(name: str, stage: PipelineStage, *, tied: bool) -> bool:
+    """Whether a pipeline stage holds a tensor that belongs to no layer."""
+    if name == EMBEDDING:
+        return stage.has_embedding or (tied and stage.has_output_layer)
+    if name == "decoder.final_layernorm.weight":
+        return stage.has_final_norm
+    if name == OUTPUT:
+        return stage.has_output_layer
+    raise LayoutError(
+        "a tensor without a layer has no pipeline stage",
+        where=name,
+        expected="an embedding, a final norm or an output layer",
+        fix="teach plan.holds_end where megatron-core puts it",
+    )
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a tensor belongs to, for tables that people read."""
+    if "{expert}" in name:
+        return "experts"
+    for part in ("embedding", "output_layer", "self_attention", "router"):
+        if part in name:
+            return {"self_attention": "attention", "output_layer": "output"}.get(part, part)
+    return "norms" if "norm" in name else "mlp"
+
+
+def check_layout(fields: Fields, layout: ParallelLayout) -> None:
+    """Raise unless attention heads and experts divide over the layout.
+
+    The rules are those of megatron-core 0.19 (transformer/transformer_config.py `__post_init__`,
+    transformer/attention.py): heads are a multiple of tp; query groups divide tp or are a multiple of it.
+    """
+    heads, groups, tp = fields["num_attention_heads"], fields["num_query_groups"], layout.tp
+    if heads % tp:
+        raise LayoutError(
+            "attention heads do not divide over the tensor-parallel ranks",
+            where="num_attention_heads",
+            expected=f"a multiple of tp={tp}",
+            got=f"{heads} heads",
+            fix=f"choose a tp that divides {heads}",
+        )
+    if groups % tp and tp % groups:
+        raise LayoutError(
+            "query groups do not divide over the tensor-parallel ranks",
+            where="num_query_groups",
+            expected=f"a multiple or a divisor of tp={tp}",
+            got=f"{groups} groups",
+            fix=f"choose a tp that divides {groups}, or a multiple of it",
+        )
+    experts = fields.get("num_moe_experts")
+    if layout.ep > 1 and not experts:
+        raise LayoutError(
+            "the model has no experts to spread",
+            where="ep",
+            expected="ep=1",
+            got=f"ep={layout.ep}",
+            fix="leave out ep",
+        )
+    if experts:
+        expert_range(experts, ep=layout.ep, ep_rank=0)
+
+
+def _local_padding(entry: Entry, blocks: tuple[tuple[Box, Shape], ...]) -> tuple[Box, ...]:
+    if entry.padding is None:
+        return ()
+    found: list[Box] = []
+    for box, at in blocks:
+        begin = max(box.start[0], entry.padding.start[0])
+        rows = box.start[0] + box.shape[0] - begin
+        if rows > 0:
+            found.append(Box((begin - box.start[0] + at[0], *at[1:]), (rows, *box.shape[1:])))
+    return tuple(found)
+
+
+def _piece_dict(piece: Piece) -> dict[str, Any]:
+    return {"shape": piece.shape, "source": piece.source._asdict(), "target": piece.target._asdict()}
+
+
+def _shard_dict(shard: Shard) -> dict[str, Any]:
+    return shard._asdict() | {"pieces": [_piece_dict(p) for p in shard.pieces], "pad": list(shard.pad)}
+
+
+def _coords_dict(coords: RankCoords) -> dict[str, int]:
+    return {name: getattr(coords, name) for name in ("tp", "cp", "dp", "pp", "etp", "ep", "expert_dp")}
+
+
+def _entry_dict(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "shape": entry.shape,
+        "hf": [tensor._asdict() for tensor in entry.hf],
+        "pieces": [_piece_dict(piece) for piece in entry.pieces],
+        "split": entry.split._asdict() if entry.split else None,
+        "layers": entry.layers,
+        "experts": entry.experts,
+    }

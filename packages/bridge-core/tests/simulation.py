@@ -1,0 +1,124 @@
+"""A whole grid of ranks in one process: apply a plan's pieces with numpy, and models to do it with."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.lib.stride_tricks import as_strided
+
+from bridge_core.errors import LayoutError
+from bridge_core.families import family_for
+from bridge_core.geometry import Piece, View
+from bridge_core.plan import Plan
+from bridge_core.topology import ParallelLayout
+
+BASE = {
+    "hidden_size": 12,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 3,
+    "vocab_size": 37,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+MOE = {"num_experts_per_tok": 2}
+
+CONFIGS = {
+    "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
+    "llama-tied": BASE | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    "qwen2": BASE | {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": BASE | {"architectures": ["Qwen3ForCausalLM"]},
+    "qwen3_moe": BASE
+    | MOE
+    | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 8, "norm_topk_prob": True},
+    "qwen3_moe-mixed": BASE
+    | MOE
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 8,
+        "moe_intermediate_size": 8,
+        "mlp_only_layers": [0, 2],
+    },
+    "mixtral": BASE | MOE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+}
+
+
+def make_plan(config: dict, layout: ParallelLayout, **options) -> Plan:
+    family = family_for(config)
+    return Plan(family, family.to_megatron(config), layout, **options)
+
+
+@st.composite
+def layouts(draw, config: dict):
+    """Layouts that the configuration admits, uneven pipelines and all."""
+    moe = "num_experts_per_tok" in config
+    pp = draw(st.sampled_from([1, 2, 4]))
+    options = {
+        "tp": draw(st.sampled_from([1, 2, 4, 8])),
+        "pp": pp,
+        "vpp": draw(st.sampled_from([1, 2] if pp == 2 else [1])),
+        "ep": draw(st.sampled_from([1, 2, 4, 8])) if moe else 1,
+        "etp": draw(st.sampled_from([1, 2, 4])) if moe else None,
+        "cp": draw(st.sampled_from([1, 2])),
+    }
+    uneven = draw(st.sampled_from(["even", "first", "string"]))
+    if uneven == "first" and pp == 2 and options["vpp"] == 1:
+        options["num_layers_in_first_pipeline_stage"] = draw(st.sampled_from([1, 3]))
+    if uneven == "string" and pp == 4:
+        options["pipeline_model_parallel_layout"] = draw(st.sampled_from(["Et|tt||tL", "E|tt|t|tL"]))
+    return ParallelLayout(**options)
+
+
+def distinct(plan: Plan) -> dict[str, np.ndarray]:
+    """HF tensors in which no two elements of the whole model are equal; 0 and -1 do not occur."""
+    tensors, at = {}, 1
+    for name, shape in plan.hf_tensors.items():
+        tensors[name] = np.arange(at, at + prod(shape), dtype=np.int64)
+        at += prod(shape)
+    return tensors
+
+
+def look(flat: np.ndarray, shape, view: View) -> np.ndarray:
+    return as_strided(flat[view.offset :], shape, [s * flat.itemsize for s in view.strides])
+
+
+def apply(piece: Piece, source: np.ndarray, target: np.ndarray) -> None:
+    look(target, piece.shape, piece.target)[...] = look(source, piece.shape, piece.source)
+
+
+def load_rank(plan: Plan, rank: int, hf: dict[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray]:
+    """Every parameter of a rank by (chunk, name), in its shape; -1 where nothing was written."""
+    params = {}
+    for shard in plan.local_shards(rank):
+        flat = np.full(prod(shard.shape), -1, np.int64)
+        for piece in shard.pieces:
+            apply(piece, hf[piece.source.tensor], flat)
+        array = flat.reshape(shard.shape)
+        for box in shard.pad:
+            region = tuple(slice(s, s + n) for s, n in zip(*box, strict=True))
+            assert (array[region] == -1).all(), "a piece wrote into the padding"
+            array[region] = 0
+        assert (array != -1).all(), f"{shard.param}: elements were left unwritten"
+        params[shard.chunk, shard.param] = array
+    return params
+
+
+def save_rank(plan: Plan, rank: int, params: dict, hf: dict[str, np.ndarray]) -> None:
+    """Write what a rank holds back into the HF tensors; a replica has to bring the same values."""
+    for shard in plan.local_shards(rank):
+        flat = params[shard.chunk, shard.param].reshape(-1)
+        for piece in shard.pieces:
+            back = piece.inverse()
+            before = look(hf[back.target.tensor], back.shape, back.target).copy()
+            now = look(flat, back.shape, back.source)
+            assert ((before == -1) | (before == now)).all(), f"{shard.param}: replicas differ"
+            apply(back, flat, hf[back.target.tensor])
+
+
+__all__ = ["CONFIGS", "LayoutError", "distinct", "layouts", "load_rank", "make_plan", "save_rank"]
