@@ -52,6 +52,7 @@ _BY_TORCH = {dtype.torch: dtype for dtype in _TABLE}
 _SHORT = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "half": "F16", "float": "F32", "double": "F64"}
 
 
+@cache
 def dtype_of(name: str) -> DType:
     """The element type with a given name, in any of the usual spellings (`BF16`, `bfloat16`, `torch.bfloat16`)."""
     plain = name.removeprefix("torch.")

@@ -5,9 +5,10 @@ Job functions are top-level, take a `Case`, and return plain tensors and dicts.
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 VOCAB_SIZE = 96
@@ -164,8 +165,9 @@ def run_gpt(case: Case):
         pg = groups(**case.layout)
         models = build_stages(case, pg)
         if case.load is not None:
-            for model, state in zip(models, dist_checkpointing.load(_sharded(models, pg), case.load).values()):
-                model.load_state_dict(state, strict=True)
+            states = dist_checkpointing.load(_sharded(models, pg), case.load)
+            for index, model in enumerate(models):
+                model.load_state_dict(states[f"model{index}"], strict=True)
         if case.save is not None:
             dist_checkpointing.save(_sharded(models, pg), case.save)
             dist.barrier()
@@ -179,6 +181,38 @@ def run_gpt(case: Case):
             result["squares"] = _gradient_squares(models[0], pg)
             result["without_gradient"] = [name for name, value in models[0].named_parameters() if value.grad is None]
         return result
+
+
+# Transformer Engine's name -> mcore's local name, where they differ (megatron/core/models/gpt/gpt_layer_specs.py).
+LOCAL_NAMES = (
+    (r"self_attention\.linear_qkv\.layer_norm_", "input_layernorm."),
+    (r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_", r"self_attention.\1_layernorm."),
+    (r"mlp\.linear_fc1\.layer_norm_", "pre_mlp_layernorm."),
+    (r"experts\.linear_(fc[12])\.(weight|bias)(\d+)$", r"experts.local_experts.\3.linear_\1.\2"),
+)
+
+
+def run_twins(case: Case):
+    """The same weights in the host and in the local spec, on the same ranks: both logits."""
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.rank_worker import groups
+
+    with host_backend():
+        pg = groups(**case.layout)
+        hosts = build_stages(case, pg)
+        twins = build_stages(replace(case, spec="local"), pg)
+        for host, twin in zip(hosts, twins, strict=True):
+            parameters = dict(twin.named_parameters())
+            with torch.no_grad():
+                for name, value in host.named_parameters():
+                    for pattern, local in LOCAL_NAMES:
+                        name = re.sub(pattern, local, name)
+                    parameters.pop(name).copy_(value)
+            assert not parameters, f"the host model lacks {sorted(parameters)}"
+        logits = [_forward(models, pg, mask=case.mask) for models in (hosts, twins)]
+        return [None if value is None else value.detach() for value in logits]
 
 
 def _sharded(models, pg):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from bridge_core.checkpoint.dcp_layout import write_frames, write_metadata
+from bridge_core.checkpoint.dcp_layout import write_metadata
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf, read_config
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
 from bridge_core.checkpoint.megatron_files import megatron_side_files
@@ -24,7 +24,7 @@ from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_
 from bridge_core.checkpoint.output import check_free, check_space, finished_folder, partial_path
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.transfer import Job, Moved, Progress, share, transfer, write_all
-from bridge_core.checkpoint.wiring import export_jobs, import_jobs, lay_out_megatron, megatron_entries
+from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
 from bridge_core.dtypes import dtype_of
 from bridge_core.families import family_for
 from bridge_core.plan import Plan
@@ -146,8 +146,9 @@ def import_ckpt(
 
     def fill(folder: Path, rank: int, size: int) -> Moved:
         names = [name for number, name in enumerate(layout.files) if number % size == rank]
-        write_frames(folder / ITERATION, layout, files=names)
-        jobs = [job for job in import_jobs(plan, source, layout, folder / ITERATION) if job.target.path.name in names]
+        create_files(folder / ITERATION, layout, names)
+        mine = {str(folder / ITERATION / name) for name in names}
+        jobs = [job for job in import_jobs(plan, source, layout, folder / ITERATION) if job.target.path in mine]
         return transfer(jobs, threads=options.threads, progress=options.progress)
 
     if on_total:
@@ -195,7 +196,7 @@ def export_ckpt(
     like = open_hf(source) if source is not None else None
     config = like.config if like else _as_config(hf_config)
     checkpoint = open_megatron(megatron_path, hf_config=config)
-    plan = _export_plan(checkpoint)
+    plan = export_plan(checkpoint)
     wired = megatron_entries(plan, checkpoint)
     shapes = plan.hf_tensors
     dtypes = wired.hf_dtypes(options.dtype)
@@ -263,7 +264,7 @@ def _write(
     return moved[0]
 
 
-def _export_plan(checkpoint: MegatronFolder) -> Plan:
+def export_plan(checkpoint: MegatronFolder) -> Plan:
     """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has."""
     stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
     rows = max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None

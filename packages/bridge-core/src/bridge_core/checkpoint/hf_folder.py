@@ -115,7 +115,7 @@ def open_hf(path: str | Path) -> HfFolder:
                 "a tensor is in two files",
                 where=preview(doubled),
                 expected="each tensor once",
-                got=f"in {tensors[doubled[0]].path.name} and in {name}",
+                got=f"in {Path(tensors[doubled[0]].path).name} and in {name}",
                 fix="remove the file that does not belong to this checkpoint",
             )
         tensors.update(found)

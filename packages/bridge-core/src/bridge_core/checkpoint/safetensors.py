@@ -25,7 +25,7 @@ MAX_HEADER = 100_000_000
 class Stored(NamedTuple):
     """A contiguous row-major tensor inside a file; `offset` in bytes from the start of the file."""
 
-    path: Path
+    path: str
     offset: int
     dtype: str
     shape: Shape
@@ -76,7 +76,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
     begin, _ = entry["data_offsets"]
-    return Stored(path, start + int(begin), dtype_of(entry["dtype"]).name, tuple(int(n) for n in entry["shape"]))
+    return Stored(str(path), start + int(begin), dtype_of(entry["dtype"]).name, tuple(int(n) for n in entry["shape"]))
 
 
 def _check_tiling(

@@ -1,8 +1,10 @@
 """The offline executor: runs the pieces of a conversion as copies between files.
 
-Two paths, the same bytes. Where a piece needs no cast and its runs are long, the kernel moves each run
-from file to file (`copy_file_range`) and no byte enters this process. Everything else is gathered in
-numpy, one bounded block of the target at a time, and written in one go.
+Three paths, the same bytes; which one a job takes depends on its dtypes and on how long its runs are.
+
+* kernel: long runs are moved from file to file by `copy_file_range`; no byte enters this process.
+* gather: short runs are written from a map of the source, many with one system call (`pwritev`).
+* staged: casts, and runs of a few bytes, go through numpy, one bounded block of the target at a time.
 """
 
 from __future__ import annotations
@@ -11,17 +13,19 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
+from functools import lru_cache
 from math import prod
-from pathlib import Path
-from threading import Lock
+from operator import itemgetter
+from threading import Event, Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
-from bridge_core.geometry import Box, Piece, restrict, run_length, runs, whole
+from bridge_core.geometry import Box, Piece, Shape, View, restrict, run_length, runs, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +33,13 @@ if TYPE_CHECKING:
 KERNEL_RUN = 64 * 1024
 """Shortest run in bytes that is worth a system call of its own."""
 
+GATHER_RUN = 256
+"""Shortest run in bytes that is worth a Python object of its own."""
+
 STAGING = 16 * 1024 * 1024
 """Bytes of a target that are gathered at a time: the bound of this executor's memory, per thread."""
+
+_VECTOR = 512  # buffers per system call; IOV_MAX is 1024
 
 Progress = Callable[[int], None]
 
@@ -39,18 +48,20 @@ class Job(NamedTuple):
     """One target tensor, and the pieces that fill it, each with the stored tensor it comes from.
 
     The views of a piece are in elements of the stored tensors; the names in them are not looked at.
-    `frame` is written around the data: bytes with their offsets in the target's file.
+    `head` and `tail` are written before and after the data.
     """
 
     target: Stored
     parts: tuple[tuple[Stored, Piece], ...]
-    frame: tuple[tuple[int, bytes], ...] = ()
+    head: bytes = b""
+    tail: bytes = b""
 
 
 class Moved(NamedTuple):
-    """Bytes that a transfer read and wrote, by path taken."""
+    """Bytes of tensors that a transfer wrote, by path taken, and bytes that it read."""
 
     kernel: int
+    gathered: int
     staged: int
     read: int
 
@@ -69,7 +80,12 @@ def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
 
 
 def transfer(
-    jobs: Sequence[Job], *, threads: int = 2, progress: Progress | None = None, kernel_run: int = KERNEL_RUN
+    jobs: Sequence[Job],
+    *,
+    threads: int = 2,
+    progress: Progress | None = None,
+    kernel_run: int = KERNEL_RUN,
+    gather_run: int = GATHER_RUN,
 ) -> Moved:
     """Run all jobs. Target files must exist with their final size.
 
@@ -77,7 +93,7 @@ def transfer(
         jobs: what to copy; targets must not overlap.
         threads: how many jobs run at a time. System calls and numpy's copies release the interpreter lock.
         progress: called with a number of bytes, from any thread, after they were written.
-        kernel_run: shortest run in bytes for the kernel's path; mostly for tests.
+        kernel_run, gather_run: shortest run in bytes for these paths; mostly for tests.
 
     Returns:
         Bytes written by each path, and read.
@@ -86,29 +102,40 @@ def transfer(
         CheckpointError: a source ended early.
         OSError: the operating system refused a write.
     """
+    stop = Event()
     with ExitStack() as stack:
-        files = _Files(stack)
-        workers = [_Worker(files, kernel_run, progress) for _ in range(max(1, threads))]
-        if len(workers) == 1:
-            workers[0].run(jobs)
-        else:
-            chunks = [share(jobs, number, len(workers)) for number in range(len(workers))]
-            with ThreadPoolExecutor(len(workers)) as pool:
-                for result in [pool.submit(w.run, chunk) for w, chunk in zip(workers, chunks, strict=True)]:
-                    result.result()
+        files = OpenFiles(stack)
+        workers = [_Worker(files, kernel_run, gather_run, progress, stop) for _ in range(max(1, threads))]
+        chunks = [share(jobs, number, len(workers)) for number in range(len(workers))]
+        together([partial(w.run, chunk) for w, chunk in zip(workers, chunks, strict=True)], stop)
         return Moved(*(sum(column) for column in zip(*(w.moved for w in workers), strict=True)))
 
 
-class _Files:
-    """Open files and maps of one transfer, shared by its threads."""
+def together(tasks: Sequence[Callable[[], None]], stop: Event) -> None:
+    """Run tasks at the same time, a thread each. The first that fails, or Ctrl-C, sets `stop` for all of them."""
+    if len(tasks) == 1:
+        tasks[0]()
+        return
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        try:
+            for result in as_completed([pool.submit(task) for task in tasks]):
+                result.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+class OpenFiles:
+    """Files that are open for reading or writing, and maps of them, shared by the threads of one run."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._lock = Lock()
-        self._open: dict[tuple[Path, bool], int] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._open: dict[tuple[str, bool], int] = {}
+        self._maps: dict[str, memoryview] = {}
 
-    def descriptor(self, path: Path, *, write: bool) -> int:
+    def descriptor(self, path: str, *, write: bool) -> int:
+        """The file's descriptor; opened once, closed when the run ends."""
         with self._lock:
             found = self._open.get((path, write))
             if found is None:
@@ -117,44 +144,115 @@ class _Files:
                 self._open[path, write] = found
             return found
 
-    def bytes_of(self, path: Path) -> mmap.mmap:
-        descriptor = self.descriptor(path, write=False)
-        with self._lock:
-            if path not in self._maps:
-                # Not closed by hand: numpy views may hold on to it until they are gone.
-                self._maps[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-            return self._maps[path]
+    def array(self, stored: Stored) -> np.ndarray:
+        """The elements of a stored tensor, flat, as they lie in the file: nothing is read yet."""
+        import numpy as np
+
+        dtype = numpy_dtype(stored.dtype)
+        if not stored.nbytes:
+            return np.zeros(0, dtype)
+        return np.frombuffer(self.bytes_of(stored.path), np.uint8, stored.nbytes, stored.offset).view(dtype)
+
+    def bytes_of(self, path: str) -> memoryview:
+        """All bytes of a file, mapped: nothing is read yet."""
+        found = self._maps.get(path)
+        if found is None:
+            descriptor = self.descriptor(path, write=False)
+            with self._lock:
+                # Not closed by hand: views may hold on to it until they are gone.
+                found = self._maps.setdefault(path, memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)))
+        return found
+
+
+class _Writer:
+    """Writes what follows one another in a file with one system call."""
+
+    def __init__(self, files: OpenFiles) -> None:
+        self._files = files
+        self._path = ""
+        self._start = self._end = 0
+        self._buffers: list[bytes | memoryview] = []
+
+    def add(self, path: str, offset: int, data: bytes | memoryview) -> None:
+        if path != self._path or offset != self._end or len(self._buffers) >= _VECTOR:
+            self.flush()
+            self._path, self._start, self._end = path, offset, offset
+        self._buffers.append(data)
+        self._end += len(data)
+
+    def flush(self) -> None:
+        buffers, offset = self._buffers, self._start
+        self._buffers = []
+        if not buffers:
+            return
+        descriptor = self._files.descriptor(self._path, write=True)
+        count = os.pwritev(descriptor, buffers, offset)
+        for buffer in buffers:
+            if count < len(buffer):
+                # The system stopped in the middle: finish by hand, or learn why it cannot.
+                write_all(descriptor, memoryview(buffer)[max(count, 0) :], offset + max(count, 0))
+            count -= len(buffer)
+            offset += len(buffer)
 
 
 class _Worker:
-    def __init__(self, files: _Files, kernel_run: int, progress: Progress | None) -> None:
+    """One thread of a transfer: runs its jobs, each by the path that fits it."""
+
+    def __init__(
+        self, files: OpenFiles, kernel_run: int, gather_run: int, progress: Progress | None, stop: Event
+    ) -> None:
         self._files = files
+        self._writer = _Writer(files)
         self._kernel_run = kernel_run
+        self._gather_run = gather_run
         self._progress = progress or (lambda nbytes: None)
-        self._kernel = self._staged = self._read = 0
+        self._stop = stop
+        self._kernel = self._gathered = self._staged = self._read = 0
 
     @property
     def moved(self) -> Moved:
-        return Moved(self._kernel, self._staged, self._read)
+        return Moved(self._kernel, self._gathered, self._staged, self._read)
 
     def run(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            descriptor = self._files.descriptor(job.target.path, write=True)
-            for offset, data in job.frame:
-                write_all(descriptor, data, offset)
-            if self._by_kernel(job):
+            if self._stop.is_set():
+                return
+            target = job.target
+            self._writer.add(target.path, target.offset - len(job.head), job.head)
+            shortest = self._shortest_run(job)
+            if shortest >= self._kernel_run:
                 for source, piece in job.parts:
-                    self._copy(descriptor, job.target, source, piece)
+                    self._copy(self._files.descriptor(target.path, write=True), target, source, piece)
+            elif shortest >= self._gather_run:
+                self._gather(job)
             else:
-                self._stage(descriptor, job)
-            self._progress(job.target.nbytes)
+                self._writer.flush()
+                self._stage(self._files.descriptor(target.path, write=True), job)
+            self._writer.add(target.path, target.offset + target.nbytes, job.tail)
+            self._progress(target.nbytes)
+        self._writer.flush()
 
-    def _by_kernel(self, job: Job) -> bool:
+    def _shortest_run(self, job: Job) -> int:
+        """Bytes of the shortest run of a job; 0 if it needs a cast."""
+        dtype = job.target.dtype
+        if any(source.dtype != dtype for source, _ in job.parts):
+            return 0
+        elements = min((_run_length(p.shape, p.source.strides, p.target.strides) for _, p in job.parts), default=1)
+        return elements * dtype_of(dtype).itemsize
+
+    def _gather(self, job: Job) -> None:
         itemsize = dtype_of(job.target.dtype).itemsize
-        return all(
-            source.dtype == job.target.dtype and run_length(piece) * itemsize >= self._kernel_run
-            for source, piece in job.parts
-        )
+        found: list[tuple[int, memoryview]] = []
+        for source, piece in job.parts:
+            data = self._files.bytes_of(source.path)
+            for at_source, at_target, length in runs(piece):
+                start = source.offset + at_source * itemsize
+                found.append((at_target * itemsize, data[start : start + length * itemsize]))
+        found.sort(key=itemgetter(0))
+        for offset, view in found:
+            self._writer.add(job.target.path, job.target.offset + offset, view)
+        self._gathered += job.target.nbytes
+        self._read += job.target.nbytes
 
     def _copy(self, descriptor: int, target: Stored, source: Stored, piece: Piece) -> None:
         itemsize = dtype_of(target.dtype).itemsize
@@ -176,23 +274,27 @@ class _Worker:
         import numpy as np
 
         itemsize = dtype_of(job.target.dtype).itemsize
-        for box, parts in blocks(job):
-            buffer = np.zeros(box.numel, numpy_dtype(job.target.dtype))
-            for source, piece in parts:
-                array = self._array(source)
-                buffer_view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
-                buffer_view[...] = strided(array, piece.shape, piece.source.offset, piece.source.strides)
-                self._read += piece.numel * array.itemsize
-            first = box.start[0] * prod(box.shape[1:]) if box.start else 0
+        for first, buffer in gather(job, self._files):
             write_all(descriptor, memoryview(buffer.view(np.uint8)), job.target.offset + first * itemsize)
             self._staged += buffer.nbytes
+        self._read += sum(piece.numel * dtype_of(source.dtype).itemsize for source, piece in job.parts)
 
-    def _array(self, source: Stored) -> np.ndarray:
-        import numpy as np
 
-        count = prod(source.shape)
-        raw = np.frombuffer(self._files.bytes_of(source.path), np.uint8, source.nbytes, source.offset)
-        return raw.view(numpy_dtype(source.dtype)) if count else np.zeros(0, numpy_dtype(source.dtype))
+def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
+    """The target of a job, assembled in memory block by block: the first element's number, and the block, flat."""
+    import numpy as np
+
+    for box, parts in blocks(job):
+        buffer = np.zeros(box.numel, numpy_dtype(job.target.dtype))
+        for source, piece in parts:
+            view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
+            view[...] = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+        yield (box.start[0] * prod(box.shape[1:]) if box.start else 0), buffer
+
+
+@lru_cache(maxsize=4096)
+def _run_length(shape: Shape, source: Shape, target: Shape) -> int:
+    return run_length(Piece(shape, View("", 0, source), View("", 0, target)))
 
 
 def strided(array: np.ndarray, shape: Sequence[int], offset: int, strides: Sequence[int]) -> np.ndarray:
@@ -225,7 +327,7 @@ def blocks(job: Job) -> Iterator[tuple[Box, list[tuple[Stored, Piece]]]]:
 
 
 def copy_run(
-    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, *, where: Path
+    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, *, where: object
 ) -> None:
     """Copy a range of bytes between open files: in the kernel where the file system can, else through a buffer.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
@@ -20,12 +20,13 @@ from bridge_core.checkpoint.dcp import DcpChunk, DcpTensor
 from bridge_core.checkpoint.dcp_layout import DcpLayout, plan_dcp
 from bridge_core.checkpoint.hf_folder import HfFolder
 from bridge_core.checkpoint.hf_layout import HfLayout
-from bridge_core.checkpoint.items import KnownHeads, locate_tensor
+from bridge_core.checkpoint.items import KnownHeads, locate_tensor, tensor_item
 from bridge_core.checkpoint.keys import Form, Place, extra_state_keys, places, stacked_shape
 from bridge_core.checkpoint.megatron_files import extra_state_object
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, form_of
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job
+from bridge_core.checkpoint.transfer import Job, write_all
+from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Box, Piece, Shape, restrict
@@ -88,19 +89,40 @@ def _chunk_of(place: Place) -> tuple[Shape, Shape]:
     return (*place.index, *(0 for _ in place.box.shape)), (*ones, *place.box.shape)
 
 
+def create_files(folder: Path, layout: DcpLayout, names: Collection[str]) -> None:
+    """Create files of a layout at their full size, with the objects that lie in them."""
+    written: set[tuple[str, int]] = set()
+    for name in names:
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(descriptor, layout.files[name])
+            for key, place in layout.objects.items():
+                if place.file == name and (name, place.offset) not in written:
+                    written.add((name, place.offset))
+                    write_all(descriptor, layout.payloads[key], place.offset)
+        finally:
+            os.close(descriptor)
+
+
 def import_jobs(plan: Plan, source: HfFolder, layout: DcpLayout, folder: Path) -> Iterator[Job]:
     """One job per Megatron tensor, in the order of the layout's files."""
     form, num_layers = written_form(plan), plan.fields["num_layers"]
     placed = {(p.key, p.offsets): p for p in layout.placed()}
-    paths = {name: folder / name for name in layout.files}
+    paths = {name: str(folder / name) for name in layout.files}
     for entry in plan.entries:
         for layer, expert in entry.instances():
             (place,) = places(entry, form, layer, expert, num_layers=num_layers)
-            chunk = placed[place.key, _chunk_of(place)[0]]
+            offsets, sizes = _chunk_of(place)
+            chunk = placed[place.key, offsets]
             dtype = layout.tensors[place.key].dtype
             target = Stored(paths[chunk.file], chunk.data_offset, dtype, entry.shape)
+            item = tensor_item(dtype, sizes)
+            # The gap up to the next item is filled as well, so that items follow one another without a hole.
+            end = chunk.data_offset + item.nbytes + len(item.tail)
+            padding = bytes(min(-end % ALIGNMENT, layout.files[chunk.file] - end))
             pieces = entry.instance(entry.pieces, layer, expert)
-            yield Job(target, tuple((source.tensors[piece.source.tensor], piece) for piece in pieces))
+            parts = tuple((source.tensors[piece.source.tensor], piece) for piece in pieces)
+            yield Job(target, parts, item.head, item.tail + padding)
 
 
 # --- Megatron to HF -------------------------------------------------------------------------------
@@ -177,8 +199,9 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> lis
                             if shift:
                                 back = back._replace(source=back.source.moved(shift))
                             parts[back.target.tensor].append((item, back))
+    paths = {file.name: str(folder / file.name) for file in layout.files}
     return [
-        Job(Stored(folder / file.name, offset, dtype, shape), tuple(parts[name]))
+        Job(Stored(paths[file.name], offset, dtype, shape), tuple(parts[name]))
         for file in layout.files
         for name, (offset, dtype, shape) in file.tensors.items()
     ]
@@ -242,7 +265,5 @@ class _Chunks:
                 got=f"{item.dtype} {item.shape}, strides {item.strides}",
                 fix="save the checkpoint again",
             )
-        return Stored(path, chunk.offset + item.data_offset, item.dtype, item.shape)
+        return Stored(str(path), chunk.offset + item.data_offset, item.dtype, item.shape)
 
-
-__all__ = ["Wired", "export_jobs", "import_jobs", "lay_out_megatron", "megatron_entries", "written_form"]

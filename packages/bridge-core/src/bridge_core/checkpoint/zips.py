@@ -61,7 +61,8 @@ def build_archive(records: Iterable[tuple[str, bytes | int]]) -> list[bytes | in
 
 
 def _local_header(name: bytes, size: int, position: int) -> bytes:
-    fields = _zip64_fields(sizes=(size, size) if size >= _MAX32 else (), position=position)
+    # The stored size is not known yet as far as a local header is concerned: miniz leaves it 0.
+    fields = _zip64_fields(sizes=(size, 0) if size >= _MAX32 else (), position=position)
     start = position + _LOCAL.size + len(name) + len(fields) + 4
     padding = -start % ALIGNMENT
     extra = fields + b"FB" + padding.to_bytes(2, "little") + b"Z" * padding

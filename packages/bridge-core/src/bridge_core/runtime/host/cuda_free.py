@@ -129,6 +129,13 @@ def _memory_buffer() -> Callable[[], Any]:
     return lambda: buffer
 
 
+def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A tensor as such, or as numpy array: unlike mcore's own also when it is on the CPU already."""
+    import torch
+
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _duplicated_linear() -> Any:
     from bridge_core.runtime.host.linears import HostDuplicatedLinear
 
@@ -182,6 +189,11 @@ PATCHES = (
         f"{_CORE}.transformer.moe.shared_experts:SharedExpertMLP.stream",
         HostStream,
         "a class attribute that outlives the model, and would keep a stand-in after exit",
+    ),
+    Patch(
+        f"{_CORE}.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        lambda: _to_cpu,
+        "all-to-all split sizes stay a tensor when they are on the CPU, and torch refuses them",
     ),
     Patch(f"{_CORE}.tensor_parallel.random:CudaRNGStatesTracker.add", lambda: _add_seed, "seeds a CUDA generator"),
     Patch(f"{_CORE}.tensor_parallel.random:CudaRNGStatesTracker.fork", lambda: _fork_rng, "dropout in attention"),

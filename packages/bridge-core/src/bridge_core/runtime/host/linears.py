@@ -250,6 +250,7 @@ class _HostGroupedLinear(_EmptyExtraState):
         if config.perform_initialization:
             self._initialize(sizes, init_method)
         self._mark_parameters()
+        self.register_load_state_dict_pre_hook(_drop_extra_state_of_experts)
 
     def _initialize(self, sizes: Sequence[int], init_method: InitMethod) -> None:
         """Draw every expert of the layer and keep the own ones: the same model in every layout."""
@@ -343,6 +344,15 @@ class _HostGroupedLinear(_EmptyExtraState):
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are not delayed."""
+
+
+def _drop_extra_state_of_experts(
+    module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *rest: object
+) -> None:
+    """A distributed checkpoint has one `_extra_state{i}` per expert; the module has one for all."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}_extra_state")]:
+        if name != f"{prefix}_extra_state":
+            del state_dict[name]
 
 
 class HostColumnParallelGroupedLinear(_HostGroupedLinear):
