@@ -194,7 +194,9 @@ def runs_of_q(out: Drawing, pieces: tuple[Piece, ...], source_bytes: int) -> Non
     out.frame(left, upper, source_bytes / BYTES_PER_PIXEL, tall)
     out.frame(left, lower, sum(piece.numel for piece in pieces) * 2 / BYTES_PER_PIXEL, tall)
     for mebibytes in range(0, 9, 2):
-        out.text(left + mebibytes * 2**20 / BYTES_PER_PIXEL, lower + tall + 14, f"{mebibytes} MiB", size=10, anchor="middle")
+        out.text(
+            left + mebibytes * 2**20 / BYTES_PER_PIXEL, lower + tall + 14, f"{mebibytes} MiB", size=10, anchor="middle"
+        )
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint import convert
-from bridge_core.checkpoint.convert import Options, Report
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Family, Fields, all_families, family_for
 from bridge_core.plan import Plan
 from bridge_core.topology import ParallelLayout
+
+if TYPE_CHECKING:
+    # Planning alone does without the machinery that moves bytes.
+    from bridge_core.checkpoint.convert import Options, Report
 
 
 class AutoBridge:
@@ -107,6 +109,8 @@ class AutoBridge:
         Keyword options are those of `Options` (`dtype`, `overwrite`, `threads`, `workers`, `progress`) and
         `ignore_options`.
         """
+        from bridge_core.checkpoint import convert
+
         run, rest = _split(options)
         return convert.import_ckpt(hf_path, megatron_path, options=run, **rest)
 
@@ -115,6 +119,8 @@ class AutoBridge:
 
         The bridge's own folder, if it holds weights, gives the file layout, config.json and other files.
         """
+        from bridge_core.checkpoint import convert
+
         run, rest = _split(options)
         source = self.path if self._weights() else None
         given = {} if source else {"hf_config": self.config}
@@ -126,6 +132,8 @@ class AutoBridge:
 
 def _split(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     """The options of the run, and those of the one direction."""
+    from bridge_core.checkpoint.convert import Options
+
     names = Options.__dataclass_fields__
     run = {name: value for name, value in options.items() if name in names}
     return Options(**run), {name: value for name, value in options.items() if name not in names}

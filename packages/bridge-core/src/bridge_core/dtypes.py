@@ -53,14 +53,18 @@ _SHORT = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "half": "F16", "float": 
 
 
 @cache
-def dtype_of(name: str) -> DType:
-    """The element type with a given name, in any of the usual spellings (`BF16`, `bfloat16`, `torch.bfloat16`)."""
+def dtype_of(name: str, *, where: object = None) -> DType:
+    """The element type with a given name, in any of the usual spellings (`BF16`, `bfloat16`, `torch.bfloat16`).
+
+    Raises:
+        CheckpointError: there is none; `where` says what the name was found in.
+    """
     plain = name.removeprefix("torch.")
     found = _BY_NAME.get(plain) or _BY_TORCH.get(plain) or _BY_NAME.get(_SHORT.get(plain.lower(), plain.upper()))
     if found is None:
         raise CheckpointError(
             "an element type is not supported",
-            where=name,
+            where=where,
             expected=", ".join(_BY_NAME),
             got=name,
             fix="convert the tensor to one of these, or add a line to bridge_core/dtypes.py",

@@ -21,9 +21,9 @@ from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, op
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_megatron
-from bridge_core.checkpoint.output import check_free, check_space, finished_folder, partial_path
+from bridge_core.checkpoint.output import check_apart, check_free, finished_folder, partial_path
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
-from bridge_core.checkpoint.transfer import Job, Moved, Progress, share, transfer, write_all
+from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer, write_all
 from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
 from bridge_core.dtypes import dtype_of
 from bridge_core.families import family_for
@@ -124,6 +124,7 @@ def import_ckpt(
     source = open_hf(hf_path)
     output = Path(megatron_path)
     check_free(output, overwrite=options.overwrite)
+    check_apart(output, source.path)
     family = family_for(source.config)
     fields = family.to_megatron(source.config, ignore=ignore_options)
     plan = Plan(family, fields, ParallelLayout(), dtypes={n: t.dtype for n, t in source.tensors.items()})
@@ -193,6 +194,7 @@ def export_ckpt(
     """
     output = Path(hf_path)
     check_free(output, overwrite=options.overwrite)
+    check_apart(output, Path(megatron_path))
     like = open_hf(source) if source is not None else None
     config = like.config if like else _as_config(hf_config)
     checkpoint = open_megatron(megatron_path, hf_config=config)
@@ -204,6 +206,8 @@ def export_ckpt(
     written_config = _written_config(checkpoint, like, layout, options.dtype)
     carried = _assets(like) if like else _stored_assets(checkpoint)
     base = like.path if like else checkpoint.path / ASSETS
+    # Looks at the head of every item: a corrupt one is found before anything is written.
+    jobs = share(export_jobs(plan, wired, layout, partial_path(output)), options.workers.rank, options.workers.size)
 
     def prepare(folder: Path) -> None:
         for file in layout.files:
@@ -216,7 +220,6 @@ def export_ckpt(
         _copy_files(base, carried, folder)
 
     def fill(folder: Path, rank: int, size: int) -> Moved:
-        jobs: list[Job] = share(export_jobs(plan, wired, layout, folder), rank, size)
         return transfer(jobs, threads=options.threads, progress=options.progress)
 
     def finish(folder: Path) -> None:

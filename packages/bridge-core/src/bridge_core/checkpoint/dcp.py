@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from bridge_core.checkpoint import dtypes
 from bridge_core.checkpoint import pickles as p
 from bridge_core.checkpoint.tiling import check_tiling
+from bridge_core.checkpoint.torch_names import TORCH_NAMES, dtype_of_global
 from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
 
 METADATA_FILE = ".metadata"
@@ -92,10 +92,12 @@ _GLOBALS = p.known_globals(
         "builtins.getattr",  # how Python 3.11 pickles a member of an enum; here it is a stand-in like any other
         # The folder's name when it was saved; Python 3.13 moved the classes.
         *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-        *dtypes.TORCH_NAMES,
+        *TORCH_NAMES,
     )
 )
-_TENSOR, _BYTES = _DCP + "metadata.TensorStorageMetadata", _DCP + "metadata.BytesStorageMetadata"
+_TENSOR, _BYTES = _GLOBALS[_DCP + "metadata.TensorStorageMetadata"], _GLOBALS[_DCP + "metadata.BytesStorageMetadata"]
+_CHUNK, _INDEX = _GLOBALS[_DCP + "metadata.ChunkStorageMetadata"], _GLOBALS[_DCP + "metadata.MetadataIndex"]
+_STORED = _GLOBALS[_DCP + "filesystem._StorageInfo"]
 
 _Places = dict[tuple[str, tuple[int, ...] | None], DcpObject]
 
@@ -130,9 +132,9 @@ def read_dcp(folder: str | os.PathLike[str]) -> DcpFolder:
     for key, entry in entries.items():
         if not isinstance(key, str):
             raise _malformed(where, key)
-        if p.is_call(entry, _TENSOR):
+        if type(entry) is _TENSOR:
             tensors[key] = _tensor(key, entry, places, where)
-        elif p.is_call(entry, _BYTES):
+        elif type(entry) is _BYTES:
             objects[key] = _take(places, key, None, where)
         else:
             raise _malformed(f"{where}, {key}", entry)
@@ -151,16 +153,12 @@ def _places(stored: Mapping[Any, Any], where: Path) -> _Places:
     places: _Places = {}
     checked: set[str] = set()
     for index, info in stored.items():
-        if not (
-            p.is_call(index, _DCP + "metadata.MetadataIndex") and p.is_call(info, _DCP + "filesystem._StorageInfo")
-        ):
-            raise _malformed(where, (index, info))
-        at, place = index.fields, info.fields
+        at, place = _attributes(index, _INDEX, where), _attributes(info, _STORED, where)
         key, offset = at.get("fqn"), at.get("offset")
         file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
         if not (isinstance(key, str) and isinstance(file, str) and (offset is None or _naturals(offset))):
             raise _malformed(where, (at, place))
-        if not _naturals((start, length)):
+        if not (type(start) is int and type(length) is int and start >= 0 and length >= 0):
             raise _malformed(f"{where}, {key}", place)
         if place.get("transform_descriptors"):
             raise CheckpointError(
@@ -179,30 +177,37 @@ def _places(stored: Mapping[Any, Any], where: Path) -> _Places:
 
 
 def _tensor(key: str, entry: p.Inert, places: _Places, where: Path) -> DcpTensor:
-    fields = entry.fields
+    here = f"{where}, {key}"
+    fields = _attributes(entry, _TENSOR, here)
     properties, shape, chunks = fields.get("properties"), fields.get("size"), fields.get("chunks")
     if not (isinstance(properties, p.Inert) and _naturals(shape) and isinstance(chunks, list)):
-        raise _malformed(f"{where}, {key}", entry)
+        raise _malformed(here, entry)
     # The state is a tuple (torch's `TensorProperties.__getstate__`): dtype, layout, requires_grad, memory format,
     # pin_memory and, since 2.15, strides. Only the dtype matters: each item tells its own strides.
     state = properties.state
     name = p.global_name(state[0]) if isinstance(state, tuple) and state else None
-    here = f"{where}, {key}"
     located = []
     for chunk in chunks:
-        box = chunk.fields if p.is_call(chunk, _DCP + "metadata.ChunkStorageMetadata") else {}
+        box = _attributes(chunk, _CHUNK, here)
         offsets, sizes = box.get("offsets"), box.get("sizes")
         if not (_naturals(offsets) and _naturals(sizes)):
             raise _malformed(here, chunk)
         located.append(DcpChunk(offsets, sizes, *_take(places, key, offsets, where)))
     check_tiling(shape, [chunk[:2] for chunk in located], where=here)
-    return DcpTensor(dtypes.dtype_of_torch(name, where=here).name, shape, tuple(located))
+    return DcpTensor(dtype_of_global(name, where=here).name, shape, tuple(located))
 
 
 def _take(places: _Places, key: str, offsets: tuple[int, ...] | None, where: Path) -> DcpObject:
     if (place := places.pop((key, offsets), None)) is None:
         raise CheckpointError("an entry without an item", where=f"{where}, {key}", expected=f"an item at {offsets}")
     return place
+
+
+def _attributes(value: Any, kind: type, where: object) -> dict[str, Any]:
+    """The attributes of an instance of one of the dataclasses, as its default pickling has them."""
+    if type(value) is kind and type(value.state) is dict:
+        return value.state
+    raise _malformed(where, value)
 
 
 def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
@@ -232,7 +237,13 @@ def _check_files(folder: DcpFolder) -> None:
     for file, (end, key) in ends.items():
         path = folder.path / file
         if not path.is_file():
-            raise CheckpointError("a file of the checkpoint is missing", where=path, expected=f"an item of {key}")
+            raise CheckpointError(
+                "a file of the checkpoint is missing",
+                where=path,
+                expected=f"at least {end} bytes, for {key}",
+                got="nothing",
+                fix="copy the file again from where it was written",
+            )
         if (size := path.stat().st_size) < end:
             raise CheckpointError(
                 "a file of the checkpoint is cut short",

@@ -16,12 +16,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge_core.checkpoint import dtypes
 from bridge_core.checkpoint import pickles as p
 from bridge_core.checkpoint.dcp import METADATA_FILE, DcpChunk, DcpObject, DcpTensor
 from bridge_core.checkpoint.items import TensorItem, tensor_item
 from bridge_core.checkpoint.tiling import Box, check_tiling
 from bridge_core.checkpoint.zips import ALIGNMENT
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, OutputError
 
 TensorSpec = tuple[str, tuple[int, ...], Sequence[Box]]
@@ -272,7 +272,7 @@ def metadata_bytes(layout: DcpLayout) -> bytes:
 
 def _properties(dtype: str) -> bytes:
     state = (
-        p.put_global(f"torch.{dtypes.dtype(dtype).torch}"),
+        p.put_global(f"torch.{dtype_of(dtype).torch}"),
         _RECALL["strided"],
         p.FALSE,
         _RECALL["contiguous_format"],

@@ -57,6 +57,9 @@ class HfFolder:
         )
 
 
+_AGAIN = "download the checkpoint again, completely"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -66,11 +69,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError("a checkpoint file is missing", where=path, expected=f"a file {path.name}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError("a file is not valid JSON", where=path, got=error) from None
+        raise CheckpointError(
+            "a checkpoint file is missing", where=path, expected=f"a file {path.name}", got="nothing", fix=_AGAIN
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(
+            "a file is not valid JSON", where=path, expected="a JSON object", got=error, fix=_AGAIN
+        ) from None
     if not isinstance(value, dict):
-        raise CheckpointError("a JSON file does not hold an object", where=path, got=type(value).__name__)
+        raise CheckpointError(
+            "a file is not valid JSON", where=path, expected="a JSON object", got=type(value).__name__, fix=_AGAIN
+        )
     return value
 
 
@@ -81,7 +90,13 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: there is no such folder, or it has no readable config.json.
     """
     if not path.exists():
-        raise CheckpointError("no such folder", where=path, fix="check the path; models are not downloaded")
+        raise CheckpointError(
+            "no such folder",
+            where=path,
+            expected=f"a folder with {CONFIG} and safetensors files",
+            got="nothing",
+            fix="check the path; models are not downloaded",
+        )
     config = read_json(path / CONFIG if path.is_dir() else path)
     if "quantization_config" in config:
         raise ConfigError(
@@ -139,7 +154,13 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("the index has no weight_map", where=folder / INDEX)
+        raise CheckpointError(
+            "the index has no weight_map",
+            where=folder / INDEX,
+            expected="an object `weight_map`, tensor to file",
+            got=f"{weight_map!r:.80}",
+            fix=_AGAIN,
+        )
     for name in set(weight_map.values()):
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in str(name):
             raise UnsafeCheckpointError(
@@ -161,7 +182,7 @@ def _check_index(folder: Path, weight_map: dict[str, str], files: dict[str, list
             where=folder / INDEX,
             expected=f"{preview(absent)} in {weight_map[absent[0]]}",
             got="not in that file's header",
-            fix="download the checkpoint again, completely",
+            fix=_AGAIN,
         )
     if unlisted := [name for name in actual if name not in weight_map]:
         raise CheckpointError(

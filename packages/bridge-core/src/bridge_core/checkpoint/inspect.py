@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from bridge_core.checkpoint.megatron_folder import (
     form_of,
     open_megatron,
 )
+from bridge_core.checkpoint.wiring import without_aliases
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, ConfigError, preview
 from bridge_core.families import family_for
@@ -29,7 +30,8 @@ from bridge_core.plan import compile_entries
 
 Kind = Literal["hf", "megatron"]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# The number of a layer or an expert: a dotted part of its own, or the end of a grouped expert's `weight3`.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
 
 
 class Pattern(NamedTuple):
@@ -146,19 +148,22 @@ def _inspect_hf(path: Path) -> Description:
 
 def _inspect_megatron(path: Path) -> Description:
     dcp = read_dcp(path)
-    weights = {key: tensor for key, tensor in dcp.tensors.items() if not key.startswith(NOT_WEIGHTS)}
+    stored = {key: tensor for key, tensor in dcp.tensors.items() if not key.startswith(NOT_WEIGHTS)}
+    # Two names for the same bytes are one weight, under the first name.
+    names = {tensor.chunks: key for key, tensor in reversed(stored.items())}
+    weights = {key: tensor for key, tensor in stored.items() if names[tensor.chunks] == key}
     family = form = note = None
     try:
         checkpoint = open_megatron(path)
         family, fields = checkpoint.family.name, checkpoint.fields
-        form = form_of(
-            compile_entries(checkpoint.family, fields), weights, num_layers=fields["num_layers"], where=path
-        ).value
+        entries = compile_entries(checkpoint.family, fields)
+        own = without_aliases(entries, stored)
+        form = form_of(entries, own, num_layers=fields["num_layers"], where=path).value
     except ConfigError as error:
         note = error.what
     # An `_extra_state` belongs to a weight; what else is no weight is the state of a training run.
     objects = [key for key in dcp.objects if "._extra_state" not in key and key != COMMON_STATE_KEY]
-    others = [*(dcp.tensors.keys() - weights.keys()), *objects]
+    others = [*(dcp.tensors.keys() - stored.keys()), *objects]
     files = {chunk.file for tensor in weights.values() for chunk in tensor.chunks}
     return Description(
         path=path,
@@ -188,18 +193,26 @@ def _sums(tensors: Iterable[tuple[str, str, Shape]]) -> dict[str, Any]:
 
 def fold(tensors: Iterable[tuple[str, str, Shape]]) -> list[Pattern]:
     """Names, dtypes and shapes of tensors, with those that differ only in numbers made one; in order of appearance."""
-    groups: Mapping[tuple[str, str, Shape], list[list[int]]] = defaultdict(list)
+    groups: Mapping[tuple[str, str, Shape], list[str]] = defaultdict(list)
     for name, dtype, shape in tensors:
-        key = _NUMBER.sub("#", name), dtype, tuple(shape)
-        groups[key].append([int(number) for number in _NUMBER.findall(name)])
-    found: list[Pattern] = []
-    for (name, dtype, shape), numbers in groups.items():
-        for column in zip(*numbers, strict=True):
-            text = str(column[0]) if len(set(column)) == 1 else f"{{{ranges(column)}}}"
-            name = name.replace("#", text, 1)
-        nbytes = len(numbers) * prod(shape) * dtype_of(dtype).itemsize
-        found.append(Pattern(name, len(numbers), dtype, shape, nbytes))
-    return found
+        groups[template(name), dtype, tuple(shape)].append(name)
+    return [
+        Pattern(common_name(names), len(names), dtype, shape, len(names) * prod(shape) * dtype_of(dtype).itemsize)
+        for (_, dtype, shape), names in groups.items()
+    ]
+
+
+def template(name: str) -> str:
+    """A tensor's name with the numbers of its layer and expert replaced by `#`."""
+    return _NUMBER.sub("#", name)
+
+
+def common_name(names: Sequence[str]) -> str:
+    """Names of one template as one, numbers that vary as ranges: `model.layers.{0-3}.mlp.gate.weight`."""
+    common = template(names[0])
+    for column in zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True):
+        common = common.replace("#", str(column[0]) if len(set(column)) == 1 else f"{{{ranges(column)}}}", 1)
+    return common
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -13,9 +13,10 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from bridge_core.checkpoint import dtypes
 from bridge_core.checkpoint import pickles as p
+from bridge_core.checkpoint.torch_names import TORCH_NAMES, UNTYPED, UNTYPED_STORAGES, dtype_of_global
 from bridge_core.checkpoint.zips import ALIGNMENT, Archive, ReadAt, build_archive
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
 
 _FOLDER = "archive/"  # what torch.save calls it when it writes to a stream, as DCP does
@@ -52,7 +53,7 @@ def tensor_item(dtype: str, shape: tuple[int, ...]) -> TensorItem:
     Raises:
         CheckpointError: the dtype is not known.
     """
-    nbytes = prod(shape) * dtypes.dtype(dtype).itemsize
+    nbytes = prod(shape) * dtype_of(dtype).itemsize
     parts = build_archive([*_first_records(_tensor_pickle(dtype, shape)), (_FOLDER + "data/0", nbytes), _VERSION])
     # `data/0` is the only record given as a size, hence the only int.
     gap = next(index for index, part in enumerate(parts) if isinstance(part, int))
@@ -77,7 +78,7 @@ def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
 
     Typed storages count elements; types without a typed storage are saved as bytes and named at the end.
     """
-    row = dtypes.dtype(dtype)
+    row = dtype_of(dtype)
     slot = 0
 
     def kept(instructions: bytes) -> bytes:
@@ -88,13 +89,13 @@ def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
     def kept_ints(values: Sequence[int]) -> bytes:
         return kept(p.put_ints(values)) if values else p.EMPTY_TUPLE
 
-    typed = row.storage is not None
+    typed = row.storage != UNTYPED
     numel = prod(shape)
     rebuild = kept(p.put_global("torch._utils._rebuild_tensor_v2" if typed else "torch._utils._rebuild_tensor_v3"))
     storage = (
         b"("
         + kept(p.put_str("storage"))
-        + kept(p.put_global(f"torch.{row.storage}" if typed else dtypes.UNTYPED_STORAGES[0]))
+        + kept(p.put_global(f"torch.{row.storage}" if typed else UNTYPED_STORAGES[0]))
         + kept(p.put_str("0"))
         + kept(p.put_str("cpu"))
         + p.put_int(numel if typed else numel * row.itemsize)
@@ -188,9 +189,7 @@ _REBUILD_V3 = "torch._utils._rebuild_tensor_v3"
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _FROM_TYPE = ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type")
 _TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
-_TENSOR_GLOBALS = p.known_globals(
-    (_REBUILD_V2, _REBUILD_V3, *_PARAMETER, *_FROM_TYPE, *_TENSOR_TYPES, *dtypes.TORCH_NAMES)
-)
+_TENSOR_GLOBALS = p.known_globals((_REBUILD_V2, _REBUILD_V3, *_PARAMETER, *_FROM_TYPE, *_TENSOR_TYPES, *TORCH_NAMES))
 
 
 def locate_tensor(
@@ -255,8 +254,8 @@ def _checked(
     storage: p.StorageRef, arguments: tuple[Any, ...], start: int, record_nbytes: int, here: str
 ) -> TensorInItem:
     dtype_name, storage_offset, shape, strides = arguments
-    row = dtypes.dtype_of_torch(dtype_name, where=here)
-    unit = 1 if storage.kind in dtypes.UNTYPED_STORAGES else dtypes.dtype_of_torch(storage.kind, where=here).itemsize
+    row = dtype_of_global(dtype_name, where=here)
+    unit = 1 if storage.kind in UNTYPED_STORAGES else dtype_of_global(storage.kind, where=here).itemsize
     numbers = (storage_offset, storage.numel, *shape, *strides) if _are_tuples(shape, strides) else (-1,)
     if any(type(number) is not int or number < 0 for number in numbers):
         raise CheckpointError(

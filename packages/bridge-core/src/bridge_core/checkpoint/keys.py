@@ -77,6 +77,24 @@ def places(entry: Entry, form: Form, layer: int, expert: int, *, num_layers: int
     yield Place(key, tuple(index), tuple(extents), Box((0,) * len(entry.shape), entry.shape))
 
 
+def alias_keys(entries: tuple[Entry, ...], form: Form) -> Iterator[tuple[str, str]]:
+    """Keys under which megatron-core's local spec looks for tensors that have another key elsewhere.
+
+    Its layer specs send `pre_mlp_layernorm` to `mlp.linear_fc1.layer_norm_`, also in layers with experts
+    (0.16.1 and 0.19.2, models/gpt/gpt_layer_specs.py, `sharded_state_dict_keys_map`), where Transformer
+    Engine's specs keep its name. Yields (key, alias).
+    """
+    for entry in entries:
+        if entry.name.endswith(_NORM_OF_EXPERTS):
+            pattern = _pattern(entry, form)
+            for layer in entry.layers if "{layer}" in pattern else (0,):
+                key = fill(pattern, layer)
+                yield key, key.removesuffix(_NORM_OF_EXPERTS) + ".mlp.linear_fc1.layer_norm_weight"
+
+
+_NORM_OF_EXPERTS = ".pre_mlp_layernorm.weight"
+
+
 def extra_state_keys(entries: tuple[Entry, ...], form: Form, *, num_layers: int) -> Iterator[str]:
     """Keys of the `_extra_state` objects that megatron-core asks for in its strict loading.
 

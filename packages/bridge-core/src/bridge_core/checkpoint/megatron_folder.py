@@ -21,6 +21,12 @@ METADATA = ".metadata"
 # Keys of a training checkpoint that hold no weights; left alone by name, and reported.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 
+_NEEDED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("vocab_size", "share_embeddings_and_output_weights"),
+)
+_PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that the model came from"
+
 
 @dataclass(frozen=True)
 class MegatronFolder:
@@ -52,7 +58,13 @@ def find_iteration(path: Path) -> Path:
         CheckpointError: there is none.
     """
     if not path.exists():
-        raise CheckpointError("no such folder", where=path, fix="check the path")
+        raise CheckpointError(
+            "no such folder",
+            where=path,
+            expected="a folder that Megatron saved, with ckpt_format torch_dist",
+            got="nothing",
+            fix="check the path",
+        )
     if (path / METADATA).exists():
         return path
     candidates = [path / f"iter_{_latest(path):07d}"] if (path / LATEST).exists() else sorted(path.glob("iter_*"))
@@ -71,7 +83,13 @@ def find_iteration(path: Path) -> Path:
 def _latest(path: Path) -> int:
     text = (path / LATEST).read_text(encoding="utf-8").strip()
     if not text.isdigit():
-        raise CheckpointError("the latest iteration is no number", where=path / LATEST, got=repr(text))
+        raise CheckpointError(
+            "the latest iteration is no number",
+            where=path / LATEST,
+            expected="a number, as in iter_0000100",
+            got=repr(text),
+            fix="give the folder of one iteration",
+        )
     return int(text)
 
 
@@ -115,9 +133,18 @@ def _configuration(
                 where=folder,
                 expected=f"{RUN_CONFIG}, or `args` in its common state",
                 got="neither",
-                fix="pass the HF folder (or its config.json) that the model came from",
+                fix=_PASS_HF,
             )
         fields = fields_of_args(values)
+    where = run_config or folder
+    if absent := [name for name in _NEEDED if fields.get(name) is None]:
+        raise ConfigError(
+            "the checkpoint's configuration lacks fields that a conversion needs",
+            where=where,
+            expected=preview(absent, limit=len(absent)),
+            got="nothing",
+            fix=_PASS_HF,
+        )
     family = family_named(section["family"]) if section else recognise(fields)
     return fields, family, section.get("hf_config")
 

@@ -29,7 +29,9 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         OutputError: it is a file, or a folder with something in it and `overwrite` was not given.
     """
     if path.exists() and not path.is_dir():
-        raise OutputError("the output is a file", where=path, expected="a folder", fix="choose another path")
+        raise OutputError(
+            "the output is a file", where=path, expected="a folder, or nothing", got="a file", fix="choose another path"
+        )
     if path.is_dir() and not overwrite and (held := sorted(file.name for file in path.iterdir())):
         raise OutputError(
             "the output folder already holds something",
@@ -37,6 +39,22 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             expected="an empty folder, or none",
             got=preview(held),
             fix="choose another folder, or pass --overwrite (overwrite=True) to replace it",
+        )
+
+
+def check_apart(output: Path, source: Path) -> None:
+    """Raise if writing `output` would remove `source`.
+
+    Raises:
+        OutputError: they are the same folder, or the source lies in the output.
+    """
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise OutputError(
+            "the output would replace the folder that is converted",
+            where=output,
+            expected="a folder apart from the source",
+            got=f"the source {source}",
+            fix="choose another output folder",
         )
 
 
@@ -88,6 +106,7 @@ def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0) -> Iterator
                 raise OutputError(
                     "the output could not be written",
                     where=error.filename or path,
+                    expected=f"room and permission for {nbytes:,} bytes",
                     got=error.strerror or error,
                     fix="nothing was left behind; free space or mend permissions and run again",
                 ) from error
@@ -124,9 +143,13 @@ def _locked(partial: Path, path: Path) -> Iterator[None]:
             raise OutputError(
                 "another run is writing this output",
                 where=path,
+                expected="one run at a time",
+                got=f"{lock.name} is locked",
                 fix="wait for it, or choose another folder",
             ) from None
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)

@@ -205,7 +205,11 @@ def _load(data: bytes, known: Mapping[str, type], *, strict: bool, where: object
         return _Unpickler(data, known, strict=strict, where=where).load()
     except _MALFORMED as error:
         raise CheckpointError(
-            "not a well-formed pickle", where=where, got=f"{type(error).__name__}: {error}"
+            "not a well-formed pickle",
+            where=where,
+            expected="a complete pickle",
+            got=f"{type(error).__name__}: {error}",
+            fix="copy the file again from where it was written, and compare sizes",
         ) from error
     finally:
         if collecting:

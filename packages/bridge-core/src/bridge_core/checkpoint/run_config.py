@@ -23,6 +23,8 @@ from bridge_core.dtypes import dtype_of
 RUN_CONFIG = "run_config.yaml"
 SECTION = "bridge_core"
 
+_FIX = "copy the file again, or remove it and pass the HF folder (or its config.json) that the model came from"
+
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 _ACTIVATIONS = {"silu": "torch.nn.functional.silu", "gelu": "torch.nn.functional.gelu"}
 _OBJECTS = {target: name for name, target in _ACTIVATIONS.items()}
@@ -70,9 +72,17 @@ def read_run_config(path: Path) -> dict[str, Any]:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
-            raise CheckpointError("run_config.yaml cannot be read", where=f"{path}{line}", got=error) from None
+            raise CheckpointError(
+                "run_config.yaml cannot be read",
+                where=f"{path}{line}",
+                expected="YAML",
+                got=getattr(error, "problem", None) or error,
+                fix=_FIX,
+            ) from None
     if not isinstance(value, dict):
-        raise CheckpointError("run_config.yaml holds no mapping", where=path, got=type(value).__name__)
+        raise CheckpointError(
+            "run_config.yaml cannot be read", where=path, expected="a mapping", got=type(value).__name__, fix=_FIX
+        )
     return value
 
 
@@ -85,7 +95,9 @@ def fields_of_run_config(config: Mapping[str, Any], *, where: Path) -> Fields:
         raise CheckpointError(
             "run_config.yaml has no section `model`",
             where=where,
-            fix="pass the HF folder (or its config.json) that the model came from",
+            expected="a mapping `model`",
+            got=type(model).__name__,
+            fix=_FIX,
         )
     return {name: _plain(value) for name, value in model.items() if name not in ("_target_", "_builder_")}
 

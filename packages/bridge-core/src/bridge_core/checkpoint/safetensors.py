@@ -61,7 +61,11 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             text = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(
-            "a checkpoint file is missing", where=path, fix="download the checkpoint again, completely"
+            "a checkpoint file is missing",
+            where=path,
+            expected="a safetensors file",
+            got="nothing",
+            fix="download the checkpoint again, completely",
         ) from None
     try:
         header = json.loads(text)
@@ -76,7 +80,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
     begin, _ = entry["data_offsets"]
-    return Stored(str(path), start + int(begin), dtype_of(entry["dtype"]).name, tuple(int(n) for n in entry["shape"]))
+    dtype = dtype_of(entry["dtype"], where=path).name
+    return Stored(str(path), start + int(begin), dtype, tuple(int(n) for n in entry["shape"]))
 
 
 def _check_tiling(

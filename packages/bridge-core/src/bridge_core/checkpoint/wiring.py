@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from bridge_core.checkpoint.dcp_layout import DcpLayout, plan_dcp
 from bridge_core.checkpoint.hf_folder import HfFolder
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.checkpoint.items import KnownHeads, locate_tensor, tensor_item
-from bridge_core.checkpoint.keys import Form, Place, extra_state_keys, places, stacked_shape
+from bridge_core.checkpoint.keys import Form, Place, alias_keys, extra_state_keys, places, stacked_shape
 from bridge_core.checkpoint.megatron_files import extra_state_object
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, form_of
 from bridge_core.checkpoint.safetensors import Stored
@@ -75,7 +75,10 @@ def lay_out_megatron(
     tensors = {key: (dtypes[key], shapes[key], boxes[key]) for key in shapes}
     nothing = extra_state_object()
     objects = dict.fromkeys(extra_state_keys(plan.entries, form, num_layers=num_layers), nothing)
-    return plan_dcp(tensors, objects, files=files), dtypes
+    layout = plan_dcp(tensors, objects, files=files)
+    # An alias is a second entry in the table of contents for the same bytes.
+    aliases = {alias: layout.tensors[key] for key, alias in alias_keys(plan.entries, form)}
+    return replace(layout, tensors=layout.tensors | aliases), dtypes
 
 
 def written_form(plan: Plan) -> Form:
@@ -173,10 +176,21 @@ def megatron_entries(plan: Plan, checkpoint: MegatronFolder) -> Wired:
     Raises:
         CoverageError: tensors are missing, unexpected or of another shape.
     """
-    weights, num_layers = checkpoint.weights(), plan.fields["num_layers"]
+    num_layers = plan.fields["num_layers"]
+    weights = without_aliases(plan.entries, checkpoint.weights())
     form = form_of(plan.entries, weights, num_layers=num_layers, where=checkpoint.path)
     check_weights(plan.entries, form, weights, num_layers=num_layers, where=checkpoint.path)
     return Wired(plan, form, weights, checkpoint.path)
+
+
+def without_aliases(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor]) -> dict[str, DcpTensor]:
+    """The tensors under their own keys; an alias is renamed, or dropped where it stands for the same bytes."""
+    found = dict(tensors)
+    for form in Form:
+        for key, alias in alias_keys(entries, form):
+            if alias in found and (key not in found or found[key] == found[alias]):
+                found[key] = found.pop(alias)
+    return found
 
 
 def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> list[Job]:

@@ -217,6 +217,7 @@ class Archive:
         return CheckpointError(
             "corrupt or truncated torch.save archive",
             where=f"{self._where}, archive at byte {self._offset}, {self._nbytes} bytes",
+            expected="a zip archive with all of its records",
             got=got,
             fix="copy the file again from where it was written, and compare sizes",
         )

@@ -83,7 +83,13 @@ def family_named(name: str) -> Family:
     families = {family.name: family for family in all_families()}
     if name in families:
         return families[name]
-    raise ConfigError("no such model family", where=name, expected=f"one of {', '.join(sorted(families))}")
+    raise ConfigError(
+        "no such model family",
+        where="family",
+        expected=f"one of {', '.join(sorted(families))}",
+        got=name,
+        fix="install the package that brings it, or pass the HF folder (or its config.json) that the model came from",
+    )
 
 
 def recognise(fields: Fields) -> Family:

@@ -66,7 +66,7 @@ class Field:
         if self.default is REQUIRED:
             raise ConfigError(
                 "the configuration lacks an option that the conversion needs",
-                where=self.hf,
+                where=f"config.json: {self.hf}",
                 expected=f"a value, which becomes Megatron's {self.megatron}",
                 got="nothing",
                 fix="add it to config.json",
@@ -125,8 +125,9 @@ class Family:
             raise ConfigError(
                 f"the {self.name} family does not translate {len(unknown)} option(s) of the configuration",
                 where=f"config.json: {preview(unknown)}",
+                expected=f"options of a {self.name} model that this package knows",
                 got=preview(f"{name}={config[name]!r}" for name in unknown),
-                fix="if they change nothing that matters, name them in `ignore_options`; "
+                fix="if they change nothing that matters, name them in `ignore_options` (--ignore-option); "
                 f"else teach families/{self.name}.py to translate them",
             )
         for name, value in self.fixed.items():

@@ -40,6 +40,7 @@ class TorchWorkers:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
+        self._told = False
         self.rank = group.rank()
         self.size = group.size()
 
@@ -59,10 +60,30 @@ class TorchWorkers:
         first = next((rank for rank, facts in enumerate(said) if facts is not None), None)
         if first is None:
             return
+        self._told = True
         if first == self.rank and failure is not None:
             raise failure
         facts = dict(said[first] or {})
         raise WorkerError(f"worker {first} failed: {facts.pop('what')}", worker=first, **facts) from failure
+
+    def tell(self, error: Exception) -> Exception:
+        """Let the others know of an error outside of any step, and return the one to raise. Collective.
+
+        It meets the others in the step that they are at. Nothing is said if a failure is known already.
+        """
+        if self._told or isinstance(error, WorkerError):
+            return error
+
+        def fail() -> None:
+            raise error
+
+        try:
+            self.together(fail)
+        except WorkerError as other:
+            return error if other.worker is None else other
+        except Exception as own:
+            return own
+        return error
 
     def _exchange(self, facts: dict[str, str | None] | None) -> list[dict[str, str | None] | None]:
         dist = require("torch.distributed", extra="torch")
@@ -119,6 +140,10 @@ def torchrun_workers(*, timeout_s: float = 6 * 3600) -> Iterator[TorchWorkers]:
         )
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     try:
-        yield TorchWorkers(dist.group.WORLD)
+        workers = TorchWorkers(dist.group.WORLD)
+        try:
+            yield workers
+        except Exception as error:
+            raise workers.tell(error) from error.__cause__
     finally:
         dist.destroy_process_group()

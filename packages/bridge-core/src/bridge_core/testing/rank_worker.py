@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import importlib
 import importlib.util
+import os
 import pickle
 import signal
 import sys
@@ -113,8 +114,9 @@ def groups(**layout: Any) -> ProcessGroupCollection:
     return _groups[key]
 
 
-def serve(rank: int, pipe: Connection, port: int, backend: str, stacks_file: str) -> None:
+def serve(pipe: Connection, rank: int, port: int, backend: str, stacks_file: str, environment: dict[str, str]) -> None:
     """The life of a rank process: take jobs until told to end, or until the caller is gone."""
+    os.environ.update(environment)  # a fork server that somebody else started does not have them
     with open(stacks_file, "w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         import torch
@@ -123,6 +125,7 @@ def serve(rank: int, pipe: Connection, port: int, backend: str, stacks_file: str
         if backend == "nccl":
             torch.cuda.set_device(rank)
         world = None
+        pipe.send("ready")
         while True:
             try:
                 job: Job | None = pipe.recv()

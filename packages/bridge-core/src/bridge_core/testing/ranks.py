@@ -1,6 +1,7 @@
 """A pool of long-lived rank processes: start once per test session, run many small distributed jobs.
 
-Importing torch and megatron costs seconds per process, so the processes stay and only the job changes:
+Importing torch and megatron costs many seconds, so one process imports them, the ranks are forked from it
+before it has threads, and they stay while the jobs change:
 
     with RankPool(4) as pool:
         sizes = pool.run(world_size)                # all 4 ranks -> [4, 4, 4, 4]
@@ -36,8 +37,18 @@ if TYPE_CHECKING:
 
 # After one rank has failed, the others get this long to notice their lost peer and answer.
 _GRACE_S = 10.0
-# Set before the child's interpreter starts, because torch reads them at import.
-_CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# Importing torch and megatron on a busy machine.
+_START_S = 600.0
+# Set before the first import of torch, which reads them then. Without dynamo, functions that mcore compiles
+# at import run uncompiled, and the import is shorter.
+_CHILD_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+# What most jobs need; a module that is not installed is passed over.
+_PRELOAD = ("torch", "torch.distributed", "megatron.core.models.gpt", "megatron.core.dist_checkpointing")
 
 
 class RankError(BridgeError):
@@ -61,15 +72,25 @@ class RankPool:
         size: number of processes, the largest job.
         backend: "gloo" for CPU, or "nccl" for one GPU per rank (CPU tensors then go through gloo).
         timeout_s: default limit of one job, and of each collective in it.
+        preload: modules that are imported once, before the ranks exist. Only the first pool of a program has
+            a say: all pools share one multiprocessing fork server.
 
-    The processes are started (method "spawn", one thread each) by the first `run`. The script that uses
+    The processes are started (method "forkserver", one thread each) by the first `run`. The script that uses
     the pool must be import-safe (`if __name__ == "__main__"`). Not safe for use from several threads.
     """
 
-    def __init__(self, size: int, backend: Literal["gloo", "nccl"] = "gloo", *, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        backend: Literal["gloo", "nccl"] = "gloo",
+        *,
+        timeout_s: float = 120.0,
+        preload: Sequence[str] = _PRELOAD,
+    ) -> None:
         self.size = size
         self.backend = backend
         self.timeout_s = timeout_s
+        self.preload = tuple(preload)
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._store: Any = None
@@ -162,17 +183,33 @@ class RankPool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="bridge-ranks-")
         atexit.register(self.close)  # multiprocessing would wait for the ranks, and they for a job
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(list(self.preload))
         with _environment(_CHILD_ENVIRONMENT):
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
-                arguments = (rank, theirs, self._store.port, self.backend, str(self._stacks_file(rank)))
+                place = (rank, self._store.port, self.backend, str(self._stacks_file(rank)))
+                arguments = (theirs, *place, _CHILD_ENVIRONMENT)
                 # Not a daemon: dist_checkpointing's writers are children of a rank, and daemons may have none.
                 process = context.Process(target=serve, args=arguments, daemon=False, name=f"rank-{rank}")
                 process.start()
                 theirs.close()  # else the parent would keep a dead child's pipe open
                 self._processes.append(process)
                 self._pipes.append(ours)
+        for rank, pipe in enumerate(self._pipes):
+            self._await_ready(rank, pipe)
+
+    def _await_ready(self, rank: int, pipe: Connection) -> None:
+        """Imports are not part of a job's time; they have a limit of their own."""
+        try:
+            if pipe.poll(_START_S):
+                pipe.recv()
+                return
+            what = f"a rank process did not start within {_START_S:g} s"
+        except (EOFError, ConnectionError):
+            what = "a rank process died while it started"
+        self.close(kill=True)
+        raise RankError(what, rank=rank, traceback_text="(see its standard error)")
 
     def _world(self, job: tuple[int, ...]) -> int:
         """The number of the job's world; a new number when any of its ranks is in another one."""

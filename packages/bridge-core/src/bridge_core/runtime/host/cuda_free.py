@@ -62,6 +62,10 @@ def _cpu(*args: object, **kwargs: object) -> Any:
     return torch.device("cpu")
 
 
+def _itself(tensor: Any, *args: object, **kwargs: object) -> Any:
+    return tensor
+
+
 def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
@@ -175,6 +179,12 @@ _STREAMS = "all-to-all dispatcher and overlapped shared experts make streams whe
 PATCHES = (
     Patch("torch.cuda:current_device", lambda: _cpu, _DEVICE),
     Patch("torch.cuda:is_available", lambda: _false, "with a GPU present mcore would move tensors to it"),
+    Patch(
+        "torch:Tensor.cuda",
+        lambda: _itself,
+        "tied embeddings go to the GPU before pipeline stages agree on their values",
+        new=True,  # inherited from a base that cannot be patched
+    ),
     Patch("torch.cuda:synchronize", lambda: _nothing, "dist_checkpointing writers wait for copies from the GPU"),
     Patch("torch.cuda:Stream", lambda: HostStream, _STREAMS),
     Patch("torch.cuda:Event", lambda: HostEvent, _STREAMS),

@@ -1,0 +1,119 @@
+"""Jobs for the pool of ranks: load an imported checkpoint into real mcore models, and look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def build(fields: dict[str, Any], layout: dict[str, Any], *, spec: str, vocab_divisible_by: int = 1):
+    """Provider, groups and model chunks of this rank; call inside `host_backend`."""
+    from bridge_core.runtime.provider import Provider
+    from bridge_core.testing.rank_worker import groups
+
+    provider = Provider(fields, spec=spec)
+    provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": vocab_divisible_by})
+    names = ("tp", "pp", "ep", "etp", "cp", "dp")
+    pg = groups(**{name: layout[name] for name in names if name in layout})
+    return provider, pg, provider.provide(pg)
+
+
+def settings(layout: dict[str, Any]) -> dict[str, Any]:
+    """Provider settings of a layout."""
+    names = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+        "cp": "context_parallel_size",
+    }
+    rest = {name: value for name, value in layout.items() if name not in names and name != "dp"}
+    return {names[name]: value for name, value in layout.items() if name in names} | rest
+
+
+@contextmanager
+def global_state_where_mcore_needs_it(chunks, pg) -> Iterator[None]:
+    """mcore asks its global state for a data-parallel rank when a tied embedding is on two stages.
+
+    0.16.1 and 0.19.2, models/common/language_module/language_module.py,
+    `tie_embeddings_and_output_weights_state_dict`: whoever saves such a model has initialised it.
+    """
+    from megatron.core import parallel_state
+
+    tied = any(chunk.share_embeddings_and_output_weights for chunk in chunks)
+    if not tied or pg.pp.size() == 1:
+        yield
+        return
+    parallel_state.initialize_model_parallel(pg.tp.size(), pg.pp.size())
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def sharded(chunks, pg) -> dict[str, Any]:
+    """The sharded state of all chunks, as Megatron-LM names them."""
+    metadata = {"dp_cp_group": pg.dp_cp}
+    with global_state_where_mcore_needs_it(chunks, pg):
+        states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
+    return {"model": states[0]} if len(states) == 1 else {f"model{n}": state for n, state in enumerate(states)}
+
+
+def load(chunks, pg, folder: str) -> None:
+    """mcore's own loading, at its default strictness."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(sharded(chunks, pg), folder)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{number}"], strict=True)
+
+
+def load_and_run(fields, layout, folder: str, tokens, *, spec: str, save_to: str | None = None):
+    """Load a checkpoint: (parameters by chunk and name, this rank's logits or None, tp rank); may save it again."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from bridge_core.runtime.host import host_backend
+
+    with host_backend():
+        _, pg, chunks = build(fields, layout, spec=spec)
+        load(chunks, pg, folder)
+        params = {
+            (number, name): value.detach().clone()
+            for number, chunk in enumerate(chunks)
+            for name, value in chunk.named_parameters()
+        }
+        with torch.no_grad():
+            logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+        if save_to is not None:
+            dist_checkpointing.save(sharded(chunks, pg), save_to)
+    return params, logits, pg.tp.rank()
+
+
+def forward(chunks, pg, tokens):
+    """Logits [1, S, V / tp] on the last stage, through all stages and chunks by plain sends."""
+    import torch
+    import torch.distributed as dist
+
+    size = tokens.shape[1]
+    positions = torch.arange(size).view(1, size)
+    mask = torch.ones(size, size).triu(1).bool().view(1, 1, size, size)
+    pp, rank = pg.pp.size(), pg.pp.rank()
+    config = chunks[0].config
+    output = None
+    for number in range(pp * len(chunks)):
+        if number % pp != rank:
+            continue
+        chunk = chunks[number // pp]
+        if number:
+            share = size // config.tensor_model_parallel_size if config.sequence_parallel else size
+            hidden = torch.empty(share, 1, config.hidden_size)
+            dist.recv(hidden, dist.get_global_rank(pg.pp, (rank - 1) % pp), group=pg.pp)
+            chunk.set_input_tensor(hidden)
+        output = chunk(tokens, positions, mask)
+        if number < pp * len(chunks) - 1:
+            dist.send(output.contiguous(), dist.get_global_rank(pg.pp, (rank + 1) % pp), group=pg.pp)
+            output = None
+    return output
