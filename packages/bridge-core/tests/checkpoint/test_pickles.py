@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bridge_core.checkpoint import pickles as p
@@ -208,7 +208,9 @@ def test_a_deeply_nested_value_is_described_in_one_line():
     assert len(repr(p.load_inert(deep, where="x"))) < 500
 
 
-@given(st.integers())
+@given(st.integers() | st.builds(lambda bits, step: step - (1 << bits), st.integers(0, 200), st.integers(-1, 1)))
+@example(-(1 << 39))
+@example(1 << 31)
 def test_ints_are_written_as_cpython_writes_them(number):
     assert p.PROTOCOL_2 + p.put_int(number) + p.STOP == pickle.dumps(number, 2)
 

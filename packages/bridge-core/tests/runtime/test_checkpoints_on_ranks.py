@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hf_models import make_model, save_model
-from runtime.mcore_jobs import load_and_run
+from bridge_core.testing.hf_models import make_model, save_model
+from bridge_core.testing.mcore_jobs import load_and_run
 
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt
 from bridge_core.checkpoint.hf_folder import open_hf

@@ -192,7 +192,6 @@ def test_only_the_members_need_to_take_part(rank_pool):
         ({"tp": 2, "ranks": [1, 0]}, "ascending"),
         ({"tp": 2, "ranks": [0, 1, 2]}, "does not fit"),
         ({"tp": 4, "dp": 2}, "outside the world"),
-        ({"tp": 1, "ranks": [2], "dp": 1}, "not part of the layout"),
         ({"vpp": 2}, "need a pipeline"),
         ({"ep": 3, "dp": 2}, "expert grid"),
         ({"tp": 0}, "below one"),
@@ -200,6 +199,12 @@ def test_only_the_members_need_to_take_part(rank_pool):
 )
 def test_a_layout_that_does_not_fit_is_refused(rank_pool, layout, message):
     assert all(message in str(answer) for answer in rank_pool.run(refuse, layout, ranks=[0, 1]))
+
+
+def test_a_rank_outside_the_layout_is_refused(rank_pool):
+    member, outsider = rank_pool.run(refuse, {"ranks": [0]}, ranks=[0, 1])
+    assert member is None
+    assert "not part of the layout" in outsider
 
 
 LAYOUTS = [
@@ -217,7 +222,6 @@ def test_groups_are_those_of_parallel_state_on_every_rank(rank_pool):
     pytest.importorskip("megatron.core")
     for rank, pairs in enumerate(rank_pool.run(compare_with_mcore, LAYOUTS)):
         for layout, (ours, theirs) in zip(LAYOUTS, pairs, strict=True):
-            # mcore calls this one without a default of None, and has no groups to give.
             assert ours == theirs, (rank, layout)
 
 

@@ -132,7 +132,14 @@ def plan_dcp(
         )
         for key, (dtype, shape, boxes) in tensors.items()
     }
-    placed_objects = {key: DcpObject(*place(key, -1, len(payload))) for key, payload in objects.items()}
+    # Equal objects are one item with several entries: a large MoE model has 10,000 empty extra states.
+    items: dict[tuple[int, bytes], DcpObject] = {}
+    placed_objects: dict[str, DcpObject] = {}
+    for key, payload in objects.items():
+        file = choose(key, -1)
+        if (file, payload) not in items:
+            items[file, payload] = DcpObject(*place(key, -1, len(payload)))
+        placed_objects[key] = items[file, payload]
     sizes = {f"__{index}_0.distcp": end for index, end in enumerate(ends) if end}
     return DcpLayout(sizes, laid_out, placed_objects, dict(objects))
 

@@ -262,7 +262,7 @@ def put_int(value: int) -> bytes:
         return b"M" + value.to_bytes(2, "little")
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + value.to_bytes(4, "little", signed=True)
-    size = (value.bit_length() >> 3) + 1
+    size = ((value if value >= 0 else ~value).bit_length() >> 3) + 1  # with one bit for the sign
     return b"\x8a" + size.to_bytes(1, "little") + value.to_bytes(size, "little", signed=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,14 @@ class TorchWorkers:
             return own
         return error
 
+    def part(self) -> None:
+        """Wait until all workers have got here, or are lost. Collective.
+
+        torchrun ends all processes once one has failed; whoever has to clean up or to say why comes first.
+        """
+        with suppress(WorkerError):
+            self._exchange(None)
+
     def _exchange(self, facts: dict[str, str | None] | None) -> list[dict[str, str | None] | None]:
         dist = require("torch.distributed", extra="torch")
         said: list[dict[str, str | None] | None] = [None] * self.size
@@ -144,6 +152,8 @@ def torchrun_workers(*, timeout_s: float = 6 * 3600) -> Iterator[TorchWorkers]:
         try:
             yield workers
         except Exception as error:
-            raise workers.tell(error) from error.__cause__
+            told = workers.tell(error)
+            workers.part()
+            raise told from error.__cause__
     finally:
         dist.destroy_process_group()

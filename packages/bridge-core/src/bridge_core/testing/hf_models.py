@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
 
 COMMON = {
     "hidden_size": 64,
@@ -24,7 +29,7 @@ LLAMA3_ROPE = {
 }
 
 MODELS = {
-    "llama": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
+    "llama": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 131072}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
@@ -36,7 +41,7 @@ MODELS = {
 }
 
 
-def make_model(name: str, **changes):
+def make_model(name: str, **changes: Any) -> PreTrainedModel:
     """A transformers model in float32, in evaluation mode; no two of its weights are equal."""
     import torch
     import transformers
@@ -48,7 +53,7 @@ def make_model(name: str, **changes):
     return model.to(torch.float32).eval()
 
 
-def fill_distinct(model) -> None:
+def fill_distinct(model: Module) -> None:
     """Give every element of every parameter its own value, of a size that keeps activations sane."""
     import torch
 
@@ -63,7 +68,7 @@ def fill_distinct(model) -> None:
             at += parameter.numel()
 
 
-def save_model(model, folder: Path, **options) -> Path:
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
     """Save as transformers does, quietly."""
     from transformers.utils import logging
 

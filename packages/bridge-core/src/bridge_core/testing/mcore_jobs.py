@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bridge_core.runtime.provider import Provider, Spec
 
 
-def build(fields: dict[str, Any], layout: dict[str, Any], *, spec: str, vocab_divisible_by: int = 1):
-    """Provider, groups and model chunks of this rank; call inside `host_backend`."""
+def build(
+    fields: dict[str, Any], layout: dict[str, Any], *, spec: Spec | None = None, vocab_divisible_by: int = 1
+) -> tuple[Provider, Any, list[Any]]:
+    """Provider, groups and model chunks of this rank; call inside `host_backend`. Collective."""
     from bridge_core.runtime.provider import Provider
     from bridge_core.testing.rank_worker import groups
 
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecation notes that say nothing about the job
     provider = Provider(fields, spec=spec)
     provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": vocab_divisible_by})
     names = ("tp", "pp", "ep", "etp", "cp", "dp")
@@ -34,7 +43,7 @@ def settings(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def global_state_where_mcore_needs_it(chunks, pg) -> Iterator[None]:
+def global_state_where_mcore_needs_it(chunks: list[Any], pg: Any) -> Iterator[None]:
     """mcore asks its global state for a data-parallel rank when a tied embedding is on two stages.
 
     0.16.1 and 0.19.2, models/common/language_module/language_module.py,
@@ -53,7 +62,7 @@ def global_state_where_mcore_needs_it(chunks, pg) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
-def sharded(chunks, pg) -> dict[str, Any]:
+def sharded(chunks: list[Any], pg: Any) -> dict[str, Any]:
     """The sharded state of all chunks, as Megatron-LM names them."""
     metadata = {"dp_cp_group": pg.dp_cp}
     with global_state_where_mcore_needs_it(chunks, pg):
@@ -61,7 +70,7 @@ def sharded(chunks, pg) -> dict[str, Any]:
     return {"model": states[0]} if len(states) == 1 else {f"model{n}": state for n, state in enumerate(states)}
 
 
-def load(chunks, pg, folder: str) -> None:
+def load(chunks: list[Any], pg: Any, folder: str) -> None:
     """mcore's own loading, at its default strictness."""
     from megatron.core import dist_checkpointing
 
@@ -70,15 +79,29 @@ def load(chunks, pg, folder: str) -> None:
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{number}"], strict=True)
 
 
-def load_and_run(fields, layout, folder: str, tokens, *, spec: str, save_to: str | None = None):
-    """Load a checkpoint: (parameters by chunk and name, this rank's logits or None, tp rank); may save it again."""
+def load_and_run(
+    fields: dict[str, Any],
+    layout: dict[str, Any],
+    folder: str,
+    tokens: Tensor,
+    *,
+    spec: Spec | None = None,
+    save_to: str | None = None,
+) -> tuple[dict[tuple[int, str], Tensor], Tensor | None, int]:
+    """Load a checkpoint into a real model and run it; save it again if asked to. Collective.
+
+    Returns:
+        Parameters by chunk and name, this rank's logits [1, S, V / tp] (None but on the last stage), its tp rank.
+    """
     import torch
     from megatron.core import dist_checkpointing
 
     from bridge_core.runtime.host import host_backend
 
-    with host_backend():
+    with host_backend() as on_cpu:
         _, pg, chunks = build(fields, layout, spec=spec)
+        if not on_cpu:
+            chunks = [chunk.cuda() for chunk in chunks]
         load(chunks, pg, folder)
         params = {
             (number, name): value.detach().clone()
@@ -92,14 +115,15 @@ def load_and_run(fields, layout, folder: str, tokens, *, spec: str, save_to: str
     return params, logits, pg.tp.rank()
 
 
-def forward(chunks, pg, tokens):
+def forward(chunks: list[Any], pg: Any, tokens: Tensor) -> Tensor | None:
     """Logits [1, S, V / tp] on the last stage, through all stages and chunks by plain sends."""
     import torch
     import torch.distributed as dist
 
     size = tokens.shape[1]
-    positions = torch.arange(size).view(1, size)
-    mask = torch.ones(size, size).triu(1).bool().view(1, 1, size, size)
+    device = next(chunks[0].parameters()).device
+    tokens, positions = tokens.to(device), torch.arange(size, device=device).view(1, size)
+    mask = torch.ones(size, size, device=device).triu(1).bool().view(1, 1, size, size)
     pp, rank = pg.pp.size(), pg.pp.rank()
     config = chunks[0].config
     output = None
@@ -109,7 +133,7 @@ def forward(chunks, pg, tokens):
         chunk = chunks[number // pp]
         if number:
             share = size // config.tensor_model_parallel_size if config.sequence_parallel else size
-            hidden = torch.empty(share, 1, config.hidden_size)
+            hidden = torch.empty(share, 1, config.hidden_size, device=device)
             dist.recv(hidden, dist.get_global_rank(pg.pp, (rank - 1) % pp), group=pg.pp)
             chunk.set_input_tensor(hidden)
         output = chunk(tokens, positions, mask)
