@@ -42,7 +42,8 @@ def apply(piece: Piece, source: np.ndarray, target: np.ndarray) -> None:
 @st.composite
 def fused(draw):
     """A tensor whose rows are interleaved groups of parts, as in linear_qkv, and the piece of one part."""
-    groups, before, rows, after, width = (draw(st.integers(*bounds)) for bounds in [(1, 4), (0, 3), (1, 4), (0, 3), (1, 4)])
+    groups, rows, width = (draw(st.integers(1, 4)) for _ in range(3))
+    before, after = (draw(st.integers(0, 3)) for _ in range(2))
     slots = before + rows + after
     piece = Piece(
         (groups, rows, width),

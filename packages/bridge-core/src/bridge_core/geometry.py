@@ -5,11 +5,9 @@ row-major storage. A **piece** is a shape and two views of that shape. Everythin
 does (rename, fuse, split, shard, stack, pad) is a list of pieces, and everything that one may ask
 about a conversion is arithmetic on that list.
 
-Two assumptions keep the arithmetic exact and small. They hold for every piece that the rules make,
-and `check` refuses a piece for which they do not:
-
-* each axis of a view moves along one tensor dim (`dim_steps` recovers which one, and how far);
-* along one dim, axes are nested: an outer axis steps over all that the inner axes reach.
+One assumption keeps the arithmetic exact and small: each axis of a view moves along one tensor dim.
+`dim_steps` recovers which one and how far, and refuses a view for which that is not so. Along one dim
+axes are usually nested (an outer one steps over all that the inner ones reach); then a cut gives few pieces.
 
 Words: a tensor has *dims*, a piece has *axes*. Not here: names of layers, files, ranks, dtypes.
 """
@@ -142,9 +140,7 @@ def coordinates(offset: int, tensor_shape: Shape) -> Shape:
     return tuple(index)
 
 
-def _cut_dim(
-    axes: list[tuple[int, int, int]], at: int, low: int, high: int
-) -> list[dict[int, tuple[int, int]]]:
+def _cut_dim(axes: list[tuple[int, int, int]], at: int, low: int, high: int) -> list[dict[int, tuple[int, int]]]:
     """Index ranges of nested `axes` (number, extent, step; widest step first) that land in [low, high).
 
     Each result maps an axis number to (start, extent); `at` is the coordinate of index zero.
@@ -213,9 +209,7 @@ def restrict(piece: Piece, side: str, tensor_shape: Shape, box: Box, local: Shap
 def coalesce(piece: Piece) -> Piece:
     """The same copy with as few axes as possible, target-contiguous axes last."""
     axes = [
-        (t, s, n)
-        for n, s, t in zip(piece.shape, piece.source.strides, piece.target.strides, strict=True)
-        if n != 1
+        (t, s, n) for n, s, t in zip(piece.shape, piece.source.strides, piece.target.strides, strict=True) if n != 1
     ]
     axes.sort(reverse=True)
     merged: list[tuple[int, int, int]] = []

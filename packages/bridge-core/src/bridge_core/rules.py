@@ -109,7 +109,7 @@ def size(expression: Size, dims: Dims) -> int:
             where=expression,
             expected=f"one of {', '.join(sorted(dims))}",
             got=str(error.args[0]),
-            fix="let the family's `dims` provide it",
+            fix="correct the row; sizes come from the configuration, in plan/entries.py `model_dims`",
         ) from None
 
 
@@ -216,4 +216,3 @@ def _stack_experts(target: str, expansion: Expansion, dims: Dims) -> Expansion:
         return expansion
     stacked = tuple(Tensor(t.name, (dims["experts"], *t.shape)) for t in expansion.hf)
     return expansion._replace(hf=stacked)
-

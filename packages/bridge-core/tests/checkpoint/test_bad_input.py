@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -22,28 +18,15 @@ from hf_folders import (
     write_index,
     write_safetensors,
 )
+from refusals import refused
 from simulation import CONFIGS
 
-from bridge_core.checkpoint import transfer
-from bridge_core.checkpoint.convert import Options, export_ckpt, import_ckpt
+from bridge_core.checkpoint.convert import import_ckpt
 from bridge_core.checkpoint.verify import verify
-from bridge_core.errors import BridgeError, ConfigError, OutputError, UnsafeCheckpointError
+from bridge_core.errors import ConfigError, UnsafeCheckpointError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def refused(run, *words: str) -> BridgeError:
-    """Run, and check that it raises a complete message that holds `words`."""
-    with pytest.raises(BridgeError) as caught:
-        run()
-    error = caught.value
-    text = str(error)
-    for fact in ("what", "where", "expected", "got", "fix"):
-        assert getattr(error, fact) is not None, f"no {fact!r} in:\n{text}"
-    for word in words:
-        assert word in text, f"{word!r} is not in:\n{text}"
-    return error
 
 
 def test_every_file_is_removed_in_turn(tmp_path):
@@ -307,252 +290,3 @@ def test_an_option_may_be_ignored_by_name(tmp_path):
         import_ckpt(hf, tmp_path / "megatron")
     import_ckpt(hf, tmp_path / "megatron", ignore_options=["logit_softcap"])
     assert verify(hf, tmp_path / "megatron").ok
-
-
-# --- Megatron folders ---------------------------------------------------------------------------
-
-
-def _configuration(megatron: Path, **changes) -> None:
-    """Change the fields that the checkpoint says its model has."""
-    path = megatron / "iter_0000000" / "run_config.yaml"
-    value = json.loads(path.read_text())
-    value["bridge_core"]["megatron"] |= changes
-    path.write_text(json.dumps(value))
-
-
-def no_megatron_folder(megatron):
-    shutil.rmtree(megatron)
-
-
-def an_hf_folder_instead(megatron):
-    shutil.rmtree(megatron)
-    write_hf(megatron)
-
-
-def no_metadata(megatron):
-    (megatron / "iter_0000000" / ".metadata").unlink()
-
-
-def truncated_metadata(megatron):
-    path = megatron / "iter_0000000" / ".metadata"
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def latest_is_no_number(megatron):
-    (megatron / "latest_checkpointed_iteration.txt").write_text("release")
-
-
-def truncated_distcp(megatron):
-    path = megatron / "iter_0000000" / "__0_0.distcp"
-    os.truncate(path, path.stat().st_size - 1000)
-
-
-def missing_distcp(megatron):
-    (megatron / "iter_0000000" / "__1_0.distcp").unlink()
-
-
-def zeroed_distcp(megatron):
-    path = megatron / "iter_0000000" / "__0_0.distcp"
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def missing_key(megatron):
-    path = megatron / "iter_0000000" / ".metadata"
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b"self_attention.linear_proj.weight", b"self_attention.linear_prox.weight"))
-
-
-def unexpected_key(megatron):
-    _configuration(megatron, share_embeddings_and_output_weights=True)
-
-
-def larger_vocabulary(megatron):
-    _configuration(megatron, vocab_size=64)
-
-
-def other_layers(megatron):
-    _configuration(megatron, num_layers=6)
-
-
-def no_configuration(megatron):
-    (megatron / "iter_0000000" / "run_config.yaml").unlink()
-
-
-def configuration_is_no_yaml(megatron):
-    (megatron / "iter_0000000" / "run_config.yaml").write_text("model: [1, 2\n")
-
-
-def configuration_lacks_a_field(megatron):
-    path = megatron / "iter_0000000" / "run_config.yaml"
-    value = json.loads(path.read_text())
-    del value["bridge_core"]["megatron"]["num_layers"]
-    path.write_text(json.dumps(value))
-
-
-def configuration_of_an_unknown_family(megatron):
-    path = megatron / "iter_0000000" / "run_config.yaml"
-    value = json.loads(path.read_text())
-    value["bridge_core"]["family"] = "nobody"
-    path.write_text(json.dumps(value))
-
-
-MEGATRON_CASES = {
-    no_megatron_folder: ["no such folder", "megatron"],
-    an_hf_folder_instead: ["no torch_dist checkpoint", ".metadata", "config.json"],
-    no_metadata: ["no torch_dist checkpoint", ".metadata"],
-    truncated_metadata: [".metadata"],
-    latest_is_no_number: ["latest_checkpointed_iteration.txt", "release"],
-    truncated_distcp: ["cut short", "__0_0.distcp", "bytes"],
-    missing_distcp: ["missing", "__1_0.distcp"],
-    zeroed_distcp: ["__0_0.distcp"],
-    missing_key: ["self_attention.linear_proj.weight", "lacks"],
-    unexpected_key: ["unexpected 1: output_layer.weight"],
-    larger_vocabulary: ["embedding.word_embeddings.weight", "(64, 12)", "(37, 12)"],
-    other_layers: ["(6, ", "(4, "],
-    no_configuration: ["configured", "run_config.yaml", "config.json"],
-    configuration_is_no_yaml: ["run_config.yaml", "line"],
-    configuration_lacks_a_field: ["num_layers", "run_config.yaml"],
-    configuration_of_an_unknown_family: ["nobody", "llama"],
-}
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    root = tmp_path_factory.mktemp("converted")
-    import_ckpt(write_hf(root / "hf"), root / "megatron")
-    return root / "megatron"
-
-
-@pytest.mark.parametrize("breaks", MEGATRON_CASES, ids=lambda breaks: breaks.__name__)
-def test_a_broken_megatron_folder_is_refused(tmp_path, converted, breaks):
-    megatron = shutil.copytree(converted, tmp_path / "megatron")
-    breaks(megatron)
-    refused(lambda: export_ckpt(megatron, tmp_path / "out" / "hf"), *MEGATRON_CASES[breaks])
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_source_of_another_model_is_refused(tmp_path, converted):
-    source = write_hf(tmp_path / "source", intermediate_size=48)
-    refused(lambda: export_ckpt(converted, tmp_path / "out" / "hf", source=source), "linear_fc1", "(4, 96, 12)")
-    assert not (tmp_path / "out").exists()
-
-
-# --- The output ---------------------------------------------------------------------------------
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-def test_an_output_that_holds_something_is_refused_and_kept(tmp_path, converted):
-    hf = write_hf(tmp_path / "hf")
-    out = tmp_path / "out"
-    (out / "mine").mkdir(parents=True)
-    (out / "mine" / "notes.txt").write_text("precious")
-    for run in (lambda: import_ckpt(hf, out / "mine"), lambda: export_ckpt(converted, out / "mine")):
-        refused(run, "already holds something", "notes.txt", "--overwrite")
-        assert left(out) == ["mine"]
-        assert left(out / "mine") == ["notes.txt"]
-
-
-def test_an_output_that_is_a_file_is_refused(tmp_path, converted):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "file").write_text("precious")
-    refused(lambda: export_ckpt(converted, out / "file", options=Options(overwrite=True)), "is a file", "out/file")
-    assert left(out) == ["file"]
-
-
-def test_overwriting_replaces_all_of_the_old_folder(tmp_path):
-    hf = write_hf(tmp_path / "hf")
-    out = tmp_path / "out"
-    (out / "megatron").mkdir(parents=True)
-    (out / "megatron" / "old.txt").write_text("old")
-    import_ckpt(hf, out / "megatron", options=Options(overwrite=True))
-    assert left(out) == ["megatron"]
-    assert "old.txt" not in left(out / "megatron")
-    assert verify(hf, out / "megatron").ok
-
-
-def test_the_folder_that_is_converted_is_never_overwritten(tmp_path):
-    hf = write_hf(tmp_path / "in" / "hf")
-    for output in (hf, hf.parent):
-        refused(lambda output=output: import_ckpt(hf, output, options=Options(overwrite=True)), "replace", str(hf))
-    assert verify(hf, hf).ok
-
-
-@pytest.mark.parametrize("direction", ["import", "export"])
-def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, converted, direction):
-    hf = write_hf(tmp_path / "hf")
-    usage = namedtuple("usage", "total used free")(10_000, 9_000, 1_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    out = tmp_path / "out" / "folder"
-    run = (lambda: import_ckpt(hf, out)) if direction == "import" else (lambda: export_ckpt(converted, out))
-    error = refused(run, "not enough room", "1,000 bytes free", "folder")
-    assert isinstance(error, OutputError)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("direction", ["import", "export"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_write_that_fails_in_the_middle_leaves_the_old_folder(
-    tmp_path, monkeypatch, converted, direction, overwrite, number
-):
-    hf = write_hf(tmp_path / "hf")
-    out = tmp_path / "out"
-    out.mkdir()
-    if overwrite:
-        (out / "folder").mkdir()
-        (out / "folder" / "old.txt").write_text("old")
-    calls = iter(range(1000))
-
-    def pwrite_until_full(real):
-        def write(*arguments):
-            if next(calls) >= 3:
-                raise OSError(number, os.strerror(number))
-            return real(*arguments)
-
-        return write
-
-    for name in ("pwrite", "pwritev"):
-        monkeypatch.setattr(transfer.os, name, pwrite_until_full(getattr(os, name)))
-    options = Options(overwrite=overwrite)
-    if direction == "import":
-        run = lambda: import_ckpt(hf, out / "folder", options=options)  # noqa: E731
-    else:
-        run = lambda: export_ckpt(converted, out / "folder", options=options)  # noqa: E731
-    error = refused(run, "could not be written", os.strerror(number), str(out / "folder"))
-    assert isinstance(error, OutputError)
-    assert left(out) == (["folder"] if overwrite else [])
-    assert left(out / "folder") == (["old.txt"] if overwrite else [])
-
-
-LIMITED = """
-import resource, sys
-from bridge_core.checkpoint.convert import export_ckpt, import_ckpt
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
-{"import": import_ckpt, "export": export_ckpt}[sys.argv[1]](sys.argv[2], sys.argv[3])
-"""
-
-
-@pytest.mark.parametrize("direction", ["import", "export"])
-def test_a_limit_of_the_operating_system_is_reported_as_such(tmp_path, converted, direction):
-    """The system itself refuses (RLIMIT_FSIZE), after files and folders were made."""
-    source = write_hf(tmp_path / "hf") if direction == "import" else converted
-    out = tmp_path / "out"
-    out.mkdir()
-    command = [sys.executable, "-c", LIMITED, direction, source, out / "folder", "6000"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 1
-    for word in ("OutputError", os.strerror(errno.EFBIG), "where:", "expected:", "got:", "fix:"):
-        assert word in done.stderr, done.stderr
-    assert left(out) == []
-
-
-def test_two_runs_do_not_write_the_same_output(tmp_path, converted):
-    from bridge_core.checkpoint.output import finished_folder
-
-    with finished_folder(tmp_path / "hf", overwrite=False):
-        refused(lambda: export_ckpt(converted, tmp_path / "hf"), "another run")
-    assert left(tmp_path) == ["hf"]

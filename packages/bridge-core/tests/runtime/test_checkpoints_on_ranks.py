@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bridge_core.testing.hf_models import make_model, save_model
-from bridge_core.testing.mcore_jobs import load_and_run
 
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt
 from bridge_core.checkpoint.hf_folder import open_hf
 from bridge_core.geometry import row_major
+from bridge_core.testing.hf_models import make_model, save_model
+from bridge_core.testing.mcore_jobs import load_and_run
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")

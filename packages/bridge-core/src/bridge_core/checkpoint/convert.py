@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ class Options:
 
     dtype: str | None = None
     overwrite: bool = False
-    workers: Workers = Alone()
+    workers: Workers = field(default_factory=Alone)
     threads: int = 2
     progress: Progress | None = None
 
@@ -105,7 +105,7 @@ def import_ckpt(
     hf_path: str | Path,
     megatron_path: str | Path,
     *,
-    options: Options = Options(),  # noqa: B008 - frozen
+    options: Options = Options(),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
@@ -174,7 +174,7 @@ def export_ckpt(
     source: str | Path | None = None,
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 5_000_000_000,
-    options: Options = Options(),  # noqa: B008 - frozen
+    options: Options = Options(),
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """Convert a Megatron torch_dist folder, saved at any layout by anyone, to an HF safetensors folder.
@@ -223,7 +223,7 @@ def export_ckpt(
         return transfer(jobs, threads=options.threads, progress=options.progress)
 
     def finish(folder: Path) -> None:
-        if len(layout.files) > 1 or layout.files[0].name != SINGLE:
+        if [file.name for file in layout.files] != [SINGLE]:
             (folder / INDEX).write_text(layout.index(), encoding="utf-8")
         (folder / CONFIG).write_text(json.dumps(written_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -236,7 +236,7 @@ def export_ckpt(
         tensors=len(shapes),
         nbytes=layout.nbytes,
         moved=moved,
-        ignored={key: "no weight: training state" for key in checkpoint.dcp.tensors.keys() - checkpoint.weights().keys()},
+        ignored=dict.fromkeys(checkpoint.dcp.tensors.keys() - checkpoint.weights().keys(), "no weight: training state"),
         carried=tuple(str(file.relative_to(base)) for file in carried),
     )
 

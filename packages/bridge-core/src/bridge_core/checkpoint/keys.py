@@ -35,13 +35,13 @@ class Place(NamedTuple):
 
     Attributes:
         key: name in the checkpoint.
-        index: numbers of the leading stacked dims, outermost first.
+        stack: numbers of the leading stacked dims, outermost first.
         extents: sizes of those dims.
         box: the region of the Megatron tensor that lies there; all of it unless the form splits it.
     """
 
     key: str
-    index: Shape
+    stack: Shape
     extents: Shape
     box: Box
 
@@ -111,7 +111,7 @@ def extra_state_keys(entries: tuple[Entry, ...], form: Form, *, num_layers: int)
     for stem, entry in modules.items():
         for layer, expert in entry.instances():
             place = next(places(entry, form, layer, expert, num_layers=num_layers))
-            index = ".".join(map(str, place.index)) or "0"
+            index = ".".join(map(str, place.stack)) or "0"
             extents = ".".join(map(str, place.extents)) or "1"
             yield f"{fill(stem, layer, expert)}._extra_state/shard_{index}_{extents}"
 
@@ -124,7 +124,7 @@ def stacked_shape(place: Place) -> Shape:
 def element_offset(place: Place) -> int:
     """Elements before the instance in the stacked tensor."""
     offset, step = 0, prod(place.box.shape)
-    for number, extent in zip(reversed(place.index), reversed(place.extents), strict=True):
+    for number, extent in zip(reversed(place.stack), reversed(place.extents), strict=True):
         offset += number * step
         step *= extent
     return offset

@@ -107,24 +107,20 @@ def open_megatron(path: str | Path, *, hf_config: Mapping[str, Any] | None = Non
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
     fields, family, stored = _configuration(folder, hf_config)
-    opened = MegatronFolder(folder, dcp, fields, family, dict(hf_config) if hf_config else stored)
-    return opened
+    return MegatronFolder(folder, dcp, fields, family, dict(hf_config) if hf_config else stored)
 
 
-def _configuration(
-    folder: Path, hf_config: Mapping[str, Any] | None
-) -> tuple[Fields, Family, dict[str, Any] | None]:
+def _configuration(folder: Path, hf_config: Mapping[str, Any] | None) -> tuple[Fields, Family, dict[str, Any] | None]:
     run_config = next((f / RUN_CONFIG for f in (folder, folder.parent) if (f / RUN_CONFIG).exists()), None)
+    if hf_config is not None:
+        family = family_for(hf_config)
+        return family.to_megatron(hf_config), family, None
     section: Mapping[str, Any] = {}
-    fields: Fields | None = None
     if run_config is not None:
         config = read_run_config(run_config)
         section = config.get(SECTION) or {}
         fields = fields_of_run_config(config, where=run_config)
-    if hf_config is not None:
-        family = family_for(hf_config)
-        return family.to_megatron(hf_config), family, None
-    if fields is None:
+    else:
         args = read_common(folder).get("args")
         values = getattr(args, "state", args)
         if not isinstance(values, Mapping):

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, ConfigError
 from bridge_core.extras import require
 from bridge_core.families import Family, Fields
-from bridge_core.dtypes import dtype_of
 
 RUN_CONFIG = "run_config.yaml"
 SECTION = "bridge_core"
@@ -49,7 +49,9 @@ def write_run_config(fields: Fields, family: Family, hf_config: Mapping[str, Any
     model["params_dtype"] = _object(f"torch.{dtype_of(dtype).torch}")
     model["bf16"], model["fp16"] = dtype == "BF16", dtype == "F16"
     section = {"family": family.name, "dtype": dtype, "megatron": fields, "hf_config": hf_config}
-    return json.dumps({"model": model, "checkpoint": {"save_optim": False, "save_rng": False}, SECTION: section}, indent=2)
+    return json.dumps(
+        {"model": model, "checkpoint": {"save_optim": False, "save_rng": False}, SECTION: section}, indent=2
+    )
 
 
 def _object(target: str) -> dict[str, Any]:
@@ -126,7 +128,13 @@ def fields_of_args(args: Mapping[str, Any]) -> Fields:
     if fields.get("num_query_groups") is None or not args.get("group_query_attention", True):
         fields["num_query_groups"] = fields["num_attention_heads"]
     if fields.get("vocab_size") is None:
-        fields["vocab_size"] = args.get("padded_vocab_size")
+        raise ConfigError(
+            "the checkpoint's arguments give the padded size of the vocabulary, not the real one",
+            where="args.vocab_size",
+            expected="the number of tokens",
+            got=f"padded_vocab_size={args.get('padded_vocab_size')}",
+            fix="pass the HF folder (or its config.json) that the model came from",
+        )
     if not fields.get("num_moe_experts"):
         fields["num_moe_experts"] = None
     if fields.get("moe_ffn_hidden_size") is None:

@@ -72,7 +72,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(path, "a JSON header of dtypes, shapes and offsets", f"{type(error).__name__}: {error}") from None
+        raise _corrupt(
+            path, "a JSON header of dtypes, shapes and offsets", f"{type(error).__name__}: {error}"
+        ) from None
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].offset))
     _check_tiling(path, ordered, header, start=8 + length, size=size)
     return ordered, metadata
@@ -118,9 +120,7 @@ def _corrupt(path: Path, expected: str, got: str) -> CheckpointError:
     )
 
 
-def lay_out(
-    name: str, tensors: Iterable[tuple[str, str, Shape]], *, metadata: Mapping[str, str] | None = None
-) -> Laid:
+def lay_out(name: str, tensors: Iterable[tuple[str, str, Shape]], *, metadata: Mapping[str, str] | None = None) -> Laid:
     """Place tensors in a file, byte for byte where safetensors' own writer would put them.
 
     Tensors are ordered by falling alignment of their dtype, then by name, and the header is padded with
@@ -136,9 +136,7 @@ def lay_out(
     return place(name, ordered, metadata=metadata)
 
 
-def place(
-    name: str, ordered: Iterable[tuple[str, str, Shape]], *, metadata: Mapping[str, str] | None = None
-) -> Laid:
+def place(name: str, ordered: Iterable[tuple[str, str, Shape]], *, metadata: Mapping[str, str] | None = None) -> Laid:
     """`lay_out` in a given order: how a file is written exactly as its source was."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative: dict[str, tuple[int, str, Shape]] = {}

@@ -15,8 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from functools import partial
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from operator import itemgetter
 from threading import Event, Lock
@@ -275,7 +274,7 @@ class _Worker:
 
         itemsize = dtype_of(job.target.dtype).itemsize
         for first, buffer in gather(job, self._files):
-            write_all(descriptor, memoryview(buffer.view(np.uint8)), job.target.offset + first * itemsize)
+            write_all(descriptor, buffer.view(np.uint8).data, job.target.offset + first * itemsize)
             self._staged += buffer.nbytes
         self._read += sum(piece.numel * dtype_of(source.dtype).itemsize for source, piece in job.parts)
 
@@ -326,9 +325,7 @@ def blocks(job: Job) -> Iterator[tuple[Box, list[tuple[Stored, Piece]]]]:
         )
 
 
-def copy_run(
-    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, *, where: object
-) -> None:
+def copy_run(source: int, source_offset: int, target: int, target_offset: int, nbytes: int, *, where: object) -> None:
     """Copy a range of bytes between open files: in the kernel where the file system can, else through a buffer.
 
     Raises:

@@ -328,5 +328,5 @@ def _content_hash(job: Job, files: OpenFiles) -> str:
 
     digest = blake2b(digest_size=16)
     for _, block in gather(job, files):
-        digest.update(memoryview(block.view(np.uint8)))
+        digest.update(block.view(np.uint8).data)
     return digest.hexdigest()

@@ -88,8 +88,8 @@ def written_form(plan: Plan) -> Form:
 
 
 def _chunk_of(place: Place) -> tuple[Shape, Shape]:
-    ones = (1,) * len(place.index)
-    return (*place.index, *(0 for _ in place.box.shape)), (*ones, *place.box.shape)
+    ones = (1,) * len(place.stack)
+    return (*place.stack, *(0 for _ in place.box.shape)), (*ones, *place.box.shape)
 
 
 def create_files(folder: Path, layout: DcpLayout, names: Collection[str]) -> None:
@@ -155,14 +155,14 @@ class Wired:
 
     def chunks(self, place: Place) -> list[DcpChunk]:
         """The chunks that hold parts of a place."""
-        depth = len(place.index)
+        depth = len(place.stack)
         by_index = self._by_index.get(place.key)
         if by_index is None:
             by_index = self._by_index[place.key] = defaultdict(list)
             for chunk in self.tensors[place.key].chunks:
                 for index in _indices(chunk, depth):
                     by_index[index].append(chunk)
-        return by_index[place.index]
+        return by_index[place.stack]
 
 
 def _indices(chunk: DcpChunk, depth: int) -> Iterator[Shape]:
@@ -223,12 +223,12 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> lis
 
 def _inside(place: Place, chunk: DcpChunk) -> tuple[Box, int]:
     """The region of the Megatron tensor that a chunk holds, and the elements before it in the chunk."""
-    depth = len(place.index)
+    depth = len(place.stack)
     start = tuple(o + s for o, s in zip(chunk.offsets[depth:], place.box.start, strict=True))
     sizes = chunk.sizes[depth:]
     shift, step = 0, prod(sizes)
     for number, offset, extent in zip(
-        reversed(place.index), reversed(chunk.offsets[:depth]), reversed(chunk.sizes[:depth]), strict=True
+        reversed(place.stack), reversed(chunk.offsets[:depth]), reversed(chunk.sizes[:depth]), strict=True
     ):
         shift += (number - offset) * step
         step *= extent
@@ -280,4 +280,3 @@ class _Chunks:
                 fix="save the checkpoint again",
             )
         return Stored(str(path), chunk.offset + item.data_offset, item.dtype, item.shape)
-

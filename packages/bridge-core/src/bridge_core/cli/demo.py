@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bridge-core demo", description=__doc__)
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here; default: a temporary folder")
     folder = parser.parse_args(argv).folder
-    for module, extra in (("megatron.core", "mcore"), ("transformers", "hf"), ("rich", "cli")):
-        require(module, extra=extra)
     # Notes of other libraries about themselves would drown the report; errors are still shown.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
+    for module, extra in (("torch", "torch"), ("transformers", "hf"), ("rich", "cli")):
+        require(module, extra=extra)
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)

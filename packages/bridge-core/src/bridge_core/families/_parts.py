@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge_core.errors import ConfigError
 from bridge_core.families.family import Config, Field, Fields, Table
-from bridge_core.rules import QKV, Column, GateUp, Replicated, Row, Vocab
+from bridge_core.rules import QKV, GateUp, Replicated, Row, Vocab
 
 DECODER = "decoder.layers.{layer}"
 HF_LAYER = "model.layers.{layer}"
@@ -39,9 +39,7 @@ QK_NORM: Table = {
     f"{DECODER}.self_attention.k_layernorm.weight": Replicated(f"{HF_LAYER}.self_attn.k_norm.weight", "head_dim"),
 }
 DENSE_MLP: Table = {
-    f"{DECODER}.mlp.linear_fc1.layer_norm_weight": Replicated(
-        f"{HF_LAYER}.post_attention_layernorm.weight", "hidden"
-    ),
+    f"{DECODER}.mlp.linear_fc1.layer_norm_weight": Replicated(f"{HF_LAYER}.post_attention_layernorm.weight", "hidden"),
     f"{DECODER}.mlp.linear_fc1.weight": GateUp(f"{HF_LAYER}.mlp.{{gate,up}}_proj.weight", "ffn", "hidden"),
     f"{DECODER}.mlp.linear_fc2.weight": Row(f"{HF_LAYER}.mlp.down_proj.weight", "hidden", "ffn"),
 }

@@ -36,7 +36,7 @@ CARRIED = frozenset({
 class Field:
     """One option that both sides have, under its names.
 
-    `default` is used when config.json leaves the option out: a value, or a function of the config.
+    `default` is used when config.json leaves the option out or says null: a value, or a function of the config.
     `aliases` are further HF names that mean the same; `hf` is the one that is written.
     """
 
@@ -74,7 +74,8 @@ class Field:
         return self.default(config) if callable(self.default) else self.default
 
 
-Translation = Callable[[Config], Fields]
+Reading = Callable[[Config], Fields]
+Writing = Callable[[Fields], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Family:
     """A model family: which architectures it is for, how it is configured, where its weights lie.
 
     Attributes:
-        name: short name, as in `--family`.
+        name: short name, as run_config.yaml records it.
         architectures: values of config.json's `architectures` that the family handles.
         model_type: config.json's `model_type`.
         fields: options that both sides have.
@@ -105,8 +106,8 @@ class Family:
     recognises: Callable[[Fields], bool]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     megatron: Mapping[str, Any] = field(default_factory=dict)
-    reads: Sequence[Translation] = ()
-    writes: Sequence[Translation] = ()
+    reads: Sequence[Reading] = ()
+    writes: Sequence[Writing] = ()
     handled: frozenset[str] = frozenset()
     ignored: Mapping[str, str] = field(default_factory=dict)
 
@@ -137,7 +138,7 @@ class Family:
                     where=f"config.json: {name}",
                     expected=repr(value),
                     got=repr(config[name]),
-                    fix=f"teach families/{self.name}.py to translate it",
+                    fix=f"teach the {self.name} family to translate it",
                 )
         fields: Fields = dict(self.megatron)
         for option in self.fields:

@@ -38,9 +38,7 @@ def table(fields: Fields) -> Table:
 def read_moe(config: Config) -> Fields:
     """Which layers have experts, and whether the router's weights are normalised after top-k."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    sparse = [
-        int(layer not in dense and (layer + 1) % step == 0) for layer in range(config["num_hidden_layers"])
-    ]
+    sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(config["num_hidden_layers"])]
     # Softmax over the chosen experts alone equals softmax over all, then dividing by the sum of the chosen.
     return {
         "moe_layer_freq": 1 if all(sparse) else sparse,

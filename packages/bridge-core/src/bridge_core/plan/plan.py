@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ class Plan:
         self.entries = compile_entries(family, fields, padded_vocab=self.padded_vocab)
         self.placement = place_layers(layout, num_layers=fields["num_layers"])
         check_layout(fields, layout)
-        self.local_form = cache(self._local_form)
+        self._forms: dict[tuple[str, int], LocalForm] = {}
 
     # --- Both sides, whole ---------------------------------------------------------------------
 
@@ -184,6 +184,7 @@ class Plan:
         return Shard(param, stage.vp_stage, fill(entry.name, layer, expert), form.shape, pieces, form.pad)
 
     def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
+        """Global numbers of the layers for which a stage holds an entry; `(0,)` for one without layers."""
         if not entry.has_layer:
             return (0,) if holds_end(entry.name, stage, tied=self._tied) else ()
         if len(entry.layers) == self.fields["num_layers"]:
@@ -192,6 +193,7 @@ class Plan:
         return [layer for layer in stage.decoder_layers if layer in wanted]
 
     def experts_of(self, entry: Entry, ep_rank: int) -> range:
+        """Global numbers of the experts for which an expert-parallel rank holds an entry; `range(1)` without."""
         if not entry.is_expert:
             return range(1)
         return expert_range(entry.experts, ep=self.layout.ep, ep_rank=ep_rank)
@@ -204,9 +206,14 @@ class Plan:
         """The entry with a given Megatron name pattern."""
         return next(entry for entry in self.entries if entry.name == name)
 
-    def _local_form(self, name: str, coordinate: int) -> LocalForm:
-        """An entry cut for one coordinate of the axis that splits it (tp, or etp for experts); cached."""
-        entry = self.entry(name)
+    def local_form(self, name: str, coordinate: int) -> LocalForm:
+        """An entry cut for one coordinate of the axis that splits it (tp, or etp for experts); computed once."""
+        found = self._forms.get((name, coordinate))
+        if found is None:
+            found = self._forms[name, coordinate] = self._cut(self.entry(name), coordinate)
+        return found
+
+    def _cut(self, entry: Entry, coordinate: int) -> LocalForm:
         size = self.layout.etp if entry.is_expert else self.layout.tp
         if entry.split is None or size == 1:
             blocks = ((whole(entry.shape), (0,) * len(entry.shape)),)

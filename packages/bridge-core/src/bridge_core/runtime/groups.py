@@ -9,37 +9,38 @@ slowest: mcore's order "tp-cp-ep-dp-pp" (`parallel_state.RankGenerator`, 0.16.1 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
-from itertools import pairwise, product
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import LayoutError
 from bridge_core.extras import require
+from bridge_core.topology import ParallelLayout
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-# Group name -> axes that vary inside one group, fastest first. The dense grid is tp x cp x dp x pp, the
-# expert grid etp x ep x edp x pp over the same ranks; `pp` is the same axis in both.
-# Source: parallel_state.initialize_model_parallel, 0.16.1 and 0.19.2, at gtp_remat = 1.
+# Group name -> mesh axes that vary inside one group, in the dense and in the expert grid (where "tp" is
+# etp and "dp" is expert_dp). Source: parallel_state.initialize_model_parallel, 0.16.1 and 0.19.2, at
+# gtp_remat = 1.
 _DENSE_AXES = {
-    "tp": ("tp",),
-    "cp": ("cp",),
-    "tp_cp": ("tp", "cp"),
-    "dp": ("dp",),
-    "dp_cp": ("cp", "dp"),
-    "tp_dp_cp": ("tp", "cp", "dp"),
-    "pp": ("pp",),
-    "mp": ("tp", "pp"),
+    "tp": "tp",
+    "cp": "cp",
+    "tp_cp": "tp-cp",
+    "dp": "dp",
+    "dp_cp": "dp-cp",
+    "tp_dp_cp": "tp-dp-cp",
+    "pp": "pp",
+    "mp": "tp-pp",
 }
 _EXPERT_AXES = {
-    "expt_tp": ("etp",),
-    "ep": ("ep",),
-    "tp_ep": ("etp", "ep"),
-    "tp_ep_pp": ("etp", "ep", "pp"),
-    "expt_dp": ("edp",),
+    "expt_tp": "tp",
+    "ep": "ep",
+    "tp_ep": "tp-ep",
+    "tp_ep_pp": "tp-ep-pp",
+    "expt_dp": "dp",
 }
 # Fields that are another group under the only settings made here: one distributed-optimizer instance and
 # no GTP weight rematerialisation (0.19 only; its groups are single ranks then).
@@ -56,67 +57,22 @@ _ALIASES = {
 _ABSENT = ("hcp", "inter_dist_opt", "dp_cp_ag", "expt_dp_ag")
 
 
-def group_ranks(
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
-    etp: int | None = None,
-    cp: int = 1,
-    dp: int = 1,
-) -> dict[str, list[tuple[int, ...]]]:
+def group_ranks(layout: ParallelLayout) -> dict[str, list[tuple[int, ...]]]:
     """Which ranks make up which group of a layout; pure arithmetic.
-
-    Args:
-        tp, pp, cp, dp: sizes of the dense grid; the layout has `tp * cp * dp * pp` ranks.
-        ep, etp: expert parallel sizes over the same ranks; `etp` is `tp` when left out.
 
     Returns:
         Group name (a field of mcore's `ProcessGroupCollection`, and `world` and `self`) -> every group of
         that kind, each ascending, together covering all ranks. `embd` and `pos_embd` cover only the
         ranks of the first and last, or the first, pipeline stage.
-
-    Raises:
-        LayoutError: a size below one, or an expert grid that does not fit the ranks.
     """
-    etp = tp if etp is None else etp
-    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "cp": cp, "dp": dp}
-    if small := {name: size for name, size in sizes.items() if size < 1}:
-        raise LayoutError("a parallel size is below one", expected="sizes of at least 1", got=small)
-    world = tp * cp * dp * pp
-    if world % (etp * ep * pp):
-        raise LayoutError(
-            "the expert grid does not fit the ranks",
-            expected=f"etp * ep * pp to divide tp * cp * dp * pp = {world}",
-            got=f"etp={etp} ep={ep} pp={pp}",
-            fix="choose another dp, or smaller ep or etp",
-        )
-    dense = {"tp": tp, "cp": cp, "dp": dp, "pp": pp}
-    expert = {"etp": etp, "ep": ep, "edp": world // (etp * ep * pp), "pp": pp}
-    groups = {name: _split(dense, axes) for name, axes in _DENSE_AXES.items()}
-    groups |= {name: _split(expert, axes) for name, axes in _EXPERT_AXES.items()}
+    groups = {name: layout.groups(axes) for name, axes in _DENSE_AXES.items()}
+    groups |= {name: layout.groups(axes, is_expert=True) for name, axes in _EXPERT_AXES.items()}
     # Word embeddings live on the first and the last stage, position embeddings on the first.
-    groups["embd"] = [stages if pp == 1 else (stages[0], stages[-1]) for stages in groups["pp"]]
+    groups["embd"] = [stages if layout.pp == 1 else [stages[0], stages[-1]] for stages in groups["pp"]]
     groups["pos_embd"] = [stages[:1] for stages in groups["pp"]]
-    groups["world"] = [tuple(range(world))]
-    groups["self"] = [(rank,) for rank in range(world)]
-    return groups
-
-
-def _split(grid: Mapping[str, int], inside: Sequence[str]) -> list[tuple[int, ...]]:
-    """The groups of `grid` (axis -> size, fastest axis first) whose members differ only along `inside`."""
-    strides: dict[str, int] = {}
-    stride = 1
-    for axis, size in grid.items():
-        strides[axis] = stride
-        stride *= size
-
-    def offsets(axes: Sequence[str]) -> list[int]:
-        steps = [[index * strides[axis] for index in range(grid[axis])] for axis in axes]
-        return sorted(sum(choice) for choice in product(*steps))
-
-    outside = [axis for axis in grid if axis not in inside]
-    return [tuple(base + step for step in offsets(inside)) for base in offsets(outside)]
+    groups["world"] = [list(range(layout.world_size))]
+    groups["self"] = [[rank] for rank in range(layout.world_size)]
+    return {name: [tuple(sorted(ranks)) for ranks in kind] for name, kind in groups.items()}
 
 
 def pg_collection(
@@ -133,9 +89,11 @@ def pg_collection(
 ) -> ProcessGroupCollection:
     """Make mcore's `ProcessGroupCollection` for a layout over some ranks of the default process group.
 
-    Collective: exactly the members of `ranks` must call this, with the same arguments and in the same
-    order relative to other group creations; other ranks need not take part. No global `parallel_state`
-    is read or changed. Making groups is slow (sockets or communicators), so keep the result.
+    Collective: every rank of the default group must call this, also those outside of `ranks`, with the same
+    arguments and in the same order relative to other group creations. (Creation among members only,
+    `use_local_synchronization`, is no way out: torch 2.13 names such a group by how many groups a rank
+    already has, and members that differ in that wait for each other for ever.) No global `parallel_state` is
+    read or changed. Making groups is slow (sockets or communicators), so keep the result.
 
     Groups of the same ranks are one process group: `dp` and `dp_cp` are the same object at `cp=1`.
 
@@ -149,42 +107,40 @@ def pg_collection(
     Returns:
         All groups that `GPTModel`, the MoE layers, DDP, the optimizer and `dist_checkpointing` ask for, in
         the installed mcore (checked with 0.16.1 and 0.19.2). `embd` and `pos_embd` are None on ranks
-        outside of them, `hcp` and `inter_dist_opt` are None everywhere.
+        outside of them, `hcp` and `inter_dist_opt` are None everywhere. On a rank outside of `ranks`
+        every group is None.
 
     Raises:
-        LayoutError: sizes and ranks do not fit, `ranks` is not ascending, or the caller is not in `ranks`.
+        LayoutError: sizes and ranks do not fit, or `ranks` is not ascending; on all ranks alike.
     """
     require("megatron.core", extra="mcore")
     import torch.distributed as dist
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    _check_sizes(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, dp=dp)
     if vpp is not None and vpp > 1 and pp == 1:
         raise LayoutError("virtual pipeline stages need a pipeline", expected="pp > 1", got=f"pp=1 vpp={vpp}")
-    members = _members(ranks, model_size=tp * cp * pp, dp=dp, world=dist.get_world_size(), caller=dist.get_rank())
+    members = _members(ranks, model_size=tp * cp * pp, dp=dp, world=dist.get_world_size())
     table = group_ranks(tp=tp, pp=pp, ep=ep, etp=etp, cp=cp, dp=len(members) // (tp * cp * pp))
-    me = members.index(dist.get_rank())
+    me = dist.get_rank()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    found: dict[str, dist.ProcessGroup | None] = dict.fromkeys(_ABSENT)
+    found: dict[str, dist.ProcessGroup | None] = dict.fromkeys((*table, *_ABSENT))
     for name, groups in table.items():
-        mine = next((group for group in groups if me in group), None)
-        if mine is not None and mine not in made:
-            # With local synchronisation only members take part, so that a job can run on part of a pool.
-            made[mine] = dist.new_group(
-                [members[index] for index in mine],
-                timeout=timedelta(seconds=timeout_s),
-                use_local_synchronization=True,
-                group_desc=name,
-            )
-        found[name] = None if mine is None else made[mine]
+        for group in groups:
+            global_ranks = tuple(members[index] for index in group)
+            if global_ranks not in made:
+                made[global_ranks] = dist.new_group(
+                    list(global_ranks), timeout=timedelta(seconds=timeout_s), group_desc=name
+                )
+            if me in global_ranks:
+                found[name] = made[global_ranks]
     found |= {name: found[other] for name, other in _ALIASES.items()}
     known = {field.name for field in fields(ProcessGroupCollection)}
     return ProcessGroupCollection(**{name: group for name, group in found.items() if name in known})
 
 
-def _members(
-    ranks: Sequence[int] | None, *, model_size: int, dp: int | None, world: int, caller: int
-) -> tuple[int, ...]:
-    """The ranks of the layout, checked against its size, the world and the caller."""
+def _members(ranks: Sequence[int] | None, *, model_size: int, dp: int | None, world: int) -> tuple[int, ...]:
+    """The ranks of the layout, checked against its size and the world."""
     members = tuple(range(model_size * (dp or 1))) if ranks is None else tuple(ranks)
     size = model_size * dp if dp is not None else len(members)
     if len(members) != size or not members or len(members) % model_size:
@@ -198,11 +154,4 @@ def _members(
         raise LayoutError("ranks must be ascending", where="ranks", expected=tuple(sorted(set(members))), got=members)
     if members[0] < 0 or members[-1] >= world:
         raise LayoutError("a rank is outside the world", expected=f"0 to {world - 1}", got=members)
-    if caller not in members:
-        raise LayoutError(
-            "this rank is not part of the layout",
-            where=f"rank {caller}",
-            expected=f"one of {members}",
-            fix="call it only on the layout's own ranks",
-        )
     return members

@@ -153,7 +153,9 @@ class Provider:
         sizes = {"tp": pg_collection.tp.size(), "pp": pg_collection.pp.size()}
         wanted = {"tp": self.layout.tp, "pp": self.layout.pp}
         if sizes != wanted:
-            raise ConfigError("process groups differ from the settings", where="pg_collection", expected=wanted, got=sizes)
+            raise ConfigError(
+                "process groups differ from the settings", where="pg_collection", expected=wanted, got=sizes
+            )
         return [self._chunk(config, pg_collection, stage) for stage in range(self.layout.vpp)]
 
     def _chunk(self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int) -> GPTModel:

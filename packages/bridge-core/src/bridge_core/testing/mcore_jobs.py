@@ -74,7 +74,7 @@ def load(chunks: list[Any], pg: Any, folder: str) -> None:
     """mcore's own loading, at its default strictness."""
     from megatron.core import dist_checkpointing
 
-    loaded = dist_checkpointing.load(sharded(chunks, pg), folder)
+    loaded: Any = dist_checkpointing.load(sharded(chunks, pg), folder)
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{number}"], strict=True)
 
