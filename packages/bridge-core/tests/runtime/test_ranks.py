@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from bridge_core.errors import LayoutError
 from bridge_core.runtime.groups import group_ranks
-from bridge_core.topology import ParallelLayout
 from bridge_core.testing.ranks import RankError, RankPool
+from bridge_core.topology import ParallelLayout
 
 dist = pytest.importorskip("torch.distributed")
 
@@ -194,10 +194,10 @@ def test_a_layout_may_use_some_ranks_only(rank_pool):
         ({"tp": 2, "ranks": [1, 0]}, "ascending"),
         ({"tp": 2, "ranks": [0, 1, 2]}, "does not fit"),
         ({"tp": 4, "dp": 2}, "outside the world"),
-        ({"vpp": 2}, "need a pipeline"),
+        ({"vpp": 2}, "more than one pipeline rank"),
         ({"ep": 3, "dp": 2}, "expert grid"),
-        ({"ep": 0}, "below one"),
-        ({"tp": 0}, "below one"),
+        ({"ep": 0}, "not a positive integer"),
+        ({"tp": 0}, "not a positive integer"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(rank_pool, layout, message):

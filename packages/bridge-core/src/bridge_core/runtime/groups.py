@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bridge_core.errors import LayoutError
 from bridge_core.extras import require
@@ -98,7 +98,8 @@ def pg_collection(
     Groups of the same ranks are one process group: `dp` and `dp_cp` are the same object at `cp=1`.
 
     Args:
-        tp, pp, cp, dp: sizes of the dense grid. `dp` left out means what is left of `ranks`.
+        tp, pp, cp, dp: sizes of the dense grid. `dp` left out means what is left of `ranks`, and without
+            `ranks` the smallest that fits `ep` and `etp`.
         vpp: virtual pipeline stages per rank; has no groups of its own, only checked against `pp`.
         ep, etp: expert grid over the same ranks; `etp` left out means `tp`.
         ranks: ascending ranks of the default group; left out, the first `tp * cp * pp * dp` ones.
@@ -117,11 +118,11 @@ def pg_collection(
     import torch.distributed as dist
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    _check_sizes(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, dp=dp)
-    if vpp is not None and vpp > 1 and pp == 1:
-        raise LayoutError("virtual pipeline stages need a pipeline", expected="pp > 1", got=f"pp=1 vpp={vpp}")
-    members = _members(ranks, model_size=tp * cp * pp, dp=dp, world=dist.get_world_size())
-    table = group_ranks(tp=tp, pp=pp, ep=ep, etp=etp, cp=cp, dp=len(members) // (tp * cp * pp))
+    if ranks is not None and dp is None and tp * cp * pp > 0:
+        dp = max(1, len(ranks) // (tp * cp * pp))
+    layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp or 1, ep=ep, etp=etp, cp=cp, dp=dp)
+    members = _members(ranks, layout, world=dist.get_world_size())
+    table = group_ranks(layout)
     me = dist.get_rank()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     found: dict[str, dist.ProcessGroup | None] = dict.fromkeys((*table, *_ABSENT))
@@ -139,14 +140,14 @@ def pg_collection(
     return ProcessGroupCollection(**{name: group for name, group in found.items() if name in known})
 
 
-def _members(ranks: Sequence[int] | None, *, model_size: int, dp: int | None, world: int) -> tuple[int, ...]:
+def _members(ranks: Sequence[int] | None, layout: ParallelLayout, *, world: int) -> tuple[int, ...]:
     """The ranks of the layout, checked against its size and the world."""
-    members = tuple(range(model_size * (dp or 1))) if ranks is None else tuple(ranks)
-    size = model_size * dp if dp is not None else len(members)
-    if len(members) != size or not members or len(members) % model_size:
+    members = tuple(range(layout.world_size)) if ranks is None else tuple(ranks)
+    if len(members) != layout.world_size:
         raise LayoutError(
             "the number of ranks does not fit the layout",
-            expected=f"tp * cp * pp * dp = {model_size} * {dp if dp is not None else 'dp'} ranks",
+            where=str(layout),
+            expected=f"tp * cp * pp * dp = {layout.world_size} ranks",
             got=f"{len(members)} ranks: {members}",
         )
     if any(after <= before for before, after in pairwise(members)):

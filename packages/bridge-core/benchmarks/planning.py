@@ -1,0 +1,51 @@
+"""How long it takes to plan a large model for every rank of a layout. Run as a program: prints JSON.
+
+`python planning.py CONFIG_JSON '{"tp": 4, "pp": 4, ...}'`. A process of its own, so that nothing is cached.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from measure import memory_of
+
+from bridge_core.families import family_for
+from bridge_core.plan import Plan
+from bridge_core.topology import ParallelLayout
+
+
+def plan_all(config: dict, sizes: dict) -> dict[str, float]:
+    """Plan, audit, and list the shards of every rank; seconds of each step, and what came out."""
+    before = memory_of("self").anonymous
+    times = [time.perf_counter()]
+    family = family_for(config)
+    plan = Plan(family, family.to_megatron(config), ParallelLayout(**sizes))
+    times.append(time.perf_counter())
+    audit = plan.audit()
+    times.append(time.perf_counter())
+    shards = pieces = 0
+    for rank in range(plan.layout.world_size):
+        found = plan.local_shards(rank)
+        shards += len(found)
+        pieces += sum(len(shard.pieces) for shard in found)
+    times.append(time.perf_counter())
+    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    return {
+        "plan": steps[0],
+        "audit": steps[1],
+        "local_shards": steps[2],
+        "seconds": times[-1] - times[0],
+        "hf_tensors": audit.hf_tensors,
+        "megatron_tensors": audit.megatron_tensors,
+        "ranks": plan.layout.world_size,
+        "shards": shards,
+        "pieces": pieces,
+        "anonymous": memory_of("self").anonymous - before,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(plan_all(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), json.loads(sys.argv[2]))))
