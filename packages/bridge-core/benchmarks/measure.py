@@ -84,14 +84,14 @@ def timed(command: Sequence[str]) -> Timed:
     """
     os.sync()
     with _child(command, stdin=subprocess.DEVNULL) as (child, output):
-        # The interval begins at the clock's reading in `_child`, before the process is made.
+        # Waits for its end and leaves it there, so that its counters can be read, complete.
         os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - child.started
         after = _machine_cpu()
-        # Still there until it is waited for, so that its counters are complete.
         io = _numbers(f"/proc/{child.process.pid}/io")
         _, status, usage = os.wait4(child.process.pid, 0)
         child.process.returncode = os.waitstatus_to_exitcode(status)
+        printed = output()
     cpu = usage.ru_utime + usage.ru_stime
     return Timed(
         seconds=seconds,
@@ -100,7 +100,7 @@ def timed(command: Sequence[str]) -> Timed:
         stolen=(after.stolen - child.before.stolen) / seconds,
         io=io,
         max_rss=usage.ru_maxrss * 1024,
-        output=output(),
+        output=printed,
     )
 
 

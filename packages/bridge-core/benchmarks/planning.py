@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from measure import memory_of
@@ -19,7 +20,7 @@ from bridge_core.topology import ParallelLayout
 
 def plan_all(config: dict, sizes: dict) -> dict[str, float]:
     """Plan, audit, and list the shards of every rank; seconds of each step, and what came out."""
-    before = memory_of("self").anonymous
+    memory = memory_of("self").anonymous
     times = [time.perf_counter()]
     family = family_for(config)
     plan = Plan(family, family.to_megatron(config), ParallelLayout(**sizes))
@@ -32,7 +33,7 @@ def plan_all(config: dict, sizes: dict) -> dict[str, float]:
         shards += len(found)
         pieces += sum(len(shard.pieces) for shard in found)
     times.append(time.perf_counter())
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(times)]
     return {
         "plan": steps[0],
         "audit": steps[1],
@@ -43,7 +44,7 @@ def plan_all(config: dict, sizes: dict) -> dict[str, float]:
         "ranks": plan.layout.world_size,
         "shards": shards,
         "pieces": pieces,
-        "anonymous": memory_of("self").anonymous - before,
+        "anonymous": memory_of("self").anonymous - memory,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import subprocess
 import sys
 import types
@@ -254,18 +253,6 @@ def test_a_reader_that_leaves_early_is_no_traceback():
 
 
 # --- Start-up -------------------------------------------------------------------------------------
-
-
-def test_planning_the_largest_model_takes_less_than_two_seconds():
-    """As a whole command, in processor time, so that a busy machine does not matter."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [sys.executable, "-m", "bridge_core.cli", "plan", QWEN3_235B, *LAYOUT_235B],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_planning_imports_nothing_heavy():

@@ -18,11 +18,23 @@ from bridge_core.topology import ParallelLayout
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_round_trip_over_any_layout_is_exact(name, data):
     """HF -> all ranks -> HF gives every element back; no rank leaves or overwrites any."""
-    config = CONFIGS[name]
+    round_trip(CONFIGS[name], data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=200)
+@given(data=st.data())
+def test_round_trip_over_two_hundred_layouts(name, data):
+    """The same, longer."""
+    round_trip(CONFIGS[name], data)
+
+
+def round_trip(config, data):
     layout = data.draw(layouts(config))
     divisible = data.draw(st.sampled_from([1, 5, 16]))
     plan = make_plan(config, layout, make_vocab_size_divisible_by=divisible)

@@ -85,11 +85,14 @@ def build_gpt(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    from bridge_core.runtime.host import host_block_spec
+    from bridge_core.runtime.host import host_block_spec, host_mtp_block_spec
 
     pp_rank = pg_collection.pp.rank()
+    prediction = None
     if spec == "host":
         block = host_block_spec(config, pp_rank=pp_rank, vp_stage=vp_stage)
+        if config.mtp_num_layers:
+            prediction = host_mtp_block_spec(config, block, pp_rank=pp_rank, vp_stage=vp_stage)
     else:
         config.moe_grouped_gemm = False  # the local spec has no grouped experts
         block = get_gpt_decoder_block_spec(
@@ -109,6 +112,7 @@ def build_gpt(
         parallel_output=False,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
+        mtp_block_spec=prediction,
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
@@ -125,6 +129,7 @@ class Case:
     save: str | None = None
     backward: bool = False
     mask: bool = False  # pass an explicit attention mask
+    global_state: bool = False  # initialise parallel_state too, for what mcore builds from nothing else
 
 
 def build_stages(case: Case, pg_collection) -> list[Any]:
@@ -161,7 +166,7 @@ def run_gpt(case: Case):
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.rank_worker import groups
 
-    with host_backend():
+    with host_backend(), _global_state(case):
         pg = groups(**case.layout)
         models = build_stages(case, pg)
         if case.load is not None:
@@ -181,6 +186,20 @@ def run_gpt(case: Case):
             result["squares"] = _gradient_squares(models[0], pg)
             result["without_gradient"] = [name for name, value in models[0].named_parameters() if value.grad is None]
         return result
+
+
+@contextmanager
+def _global_state(case: Case):
+    """mcore's own groups for the time of a job, if the case asks for them."""
+    from megatron.core import parallel_state
+
+    if case.global_state:
+        parallel_state.initialize_model_parallel(case.layout.get("tp", 1), case.layout.get("pp", 1))
+    try:
+        yield
+    finally:
+        if case.global_state:
+            parallel_state.destroy_model_parallel()
 
 
 # Transformer Engine's name -> mcore's local name, where they differ (megatron/core/models/gpt/gpt_layer_specs.py).

@@ -27,6 +27,7 @@ class HfFolder:
         tensors: where each tensor lies, in the order of files and of bytes within them.
         files: weight file to the names of its tensors, in byte order.
         metadata: weight file to its `__metadata__`.
+        headers: weight file to the bytes before its tensors.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class HfFolder:
     tensors: dict[str, Stored] = field(repr=False)
     files: dict[str, list[str]] = field(repr=False)
     metadata: dict[str, dict[str, str]] = field(repr=False)
+    headers: dict[str, bytes] = field(repr=False)
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -123,8 +125,9 @@ def open_hf(path: str | Path) -> HfFolder:
     tensors: dict[str, Stored] = {}
     files: dict[str, list[str]] = {}
     metadata: dict[str, dict[str, str]] = {}
+    headers: dict[str, bytes] = {}
     for name in names:
-        found, metadata[name] = read_header(folder / name)
+        found, metadata[name], headers[name] = read_header(folder / name)
         if doubled := [tensor for tensor in found if tensor in tensors]:
             raise CheckpointError(
                 "a tensor is in two files",
@@ -137,7 +140,7 @@ def open_hf(path: str | Path) -> HfFolder:
         files[name] = list(found)
     if weight_map is not None:
         _check_index(folder, weight_map, files)
-    return HfFolder(folder, config, tensors, files, metadata)
+    return HfFolder(folder, config, tensors, files, metadata, headers)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

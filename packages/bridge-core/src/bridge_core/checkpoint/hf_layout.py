@@ -78,7 +78,13 @@ def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str]) -> HfL
     files: list[Laid] = []
     for name, tensors in source.files.items():
         kept = [(tensor, dtypes[tensor], plan.hf_tensors[tensor]) for tensor in tensors if tensor not in ignored]
-        if kept:
+        unchanged = all(dtype == source.tensors[tensor].dtype for tensor, dtype, _ in kept)
+        if unchanged and len(kept) == len(tensors):
+            # The very same header, however its writer formatted it: then the whole file will be the same.
+            placed = {t: (source.tensors[t].offset, dtype, shape) for t, dtype, shape in kept}
+            end = max(source.tensors[t].offset + source.tensors[t].nbytes for t in tensors)
+            files.append(Laid(name, source.headers[name], placed, end))
+        elif kept:
             files.append(place(name, kept, metadata=source.metadata[name] or None))
     if not files:
         raise CoverageError("the source holds no tensor of the model", where=source.path, got=preview(source.tensors))

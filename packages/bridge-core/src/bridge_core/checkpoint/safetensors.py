@@ -45,8 +45,8 @@ class Laid(NamedTuple):
     nbytes: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of one file, in the order of their bytes, and the file's `__metadata__`.
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str], bytes]:
+    """The tensors of one file in the order of their bytes, its `__metadata__`, and its header's bytes.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not a safetensors file; says which and where.
@@ -77,7 +77,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         ) from None
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].offset))
     _check_tiling(path, ordered, header, start=8 + length, size=size)
-    return ordered, metadata
+    return ordered, metadata, prefix + text
 
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:

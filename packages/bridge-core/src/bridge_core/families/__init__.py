@@ -55,7 +55,7 @@ def all_families() -> tuple[Family, ...]:
 
 
 def family_for(config: Config) -> Family:
-    """The family of an HF configuration, by its `architectures`.
+    """The family of an HF configuration, by its `architectures`, or its `model_type` where it names none.
 
     Raises:
         ConfigError: no architecture is named, or none that is known; says how to add one.
@@ -67,6 +67,10 @@ def family_for(config: Config) -> Family:
                 return family
         if name in _BUILT_IN:
             return _load(_BUILT_IN[name])
+    if not named:
+        for family in all_families():
+            if family.model_type == config.get("model_type"):
+                return family
     known = sorted({name for family in all_families() for name in family.architectures})
     raise ConfigError(
         "no model family handles this architecture" if named else "config.json does not say its architecture",

@@ -37,6 +37,10 @@ MODELS = {
         "Qwen3MoeConfig",
         EXPERTS | {"head_dim": 16, "num_experts": 8, "moe_intermediate_size": 32, "norm_topk_prob": True},
     ),
+    "qwen3_moe-mixed": (
+        "Qwen3MoeConfig",
+        EXPERTS | {"head_dim": 16, "num_experts": 8, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+    ),
     "mixtral": ("MixtralConfig", EXPERTS | {"num_local_experts": 8}),
 }
 

@@ -1,0 +1,130 @@
+"""The bars that figures are held to, and the table that shows both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from bridge_core.cli.tables import in_bytes
+from bridge_core.extras import require
+
+MIB = 1024 * 1024
+RATIO = 1.2
+MEMORY = 256 * MIB
+# Where tensors are many and small, `cp` is no measure: cost per tensor decides.
+MANY_SMALL_SECONDS = 5.0
+PLAN_SECONDS = 1.0
+IMPORT_SECONDS = 0.2
+COMMAND_SECONDS = 2.0
+
+
+class Figure(NamedTuple):
+    """A line of the table. `met` is None for a figure without a bar."""
+
+    what: str
+    value: str
+    bar: str = ""
+    met: bool | None = None
+    note: str = ""
+
+
+def figures(results: dict[str, Any]) -> Iterator[Figure | None]:
+    """The lines of the table; None between groups."""
+    for shape, found in results["shapes"].items():
+        yield Figure(f"[bold]{shape}[/]", "", note=in_bytes(found["bytes"]))
+        yield Figure("cp -r", _seconds(found["cp"]["seconds"]))
+        for name in ("import", "export"):
+            yield from _direction(name, shape, found[name])
+        yield None
+    yield from _planning(results["planning"])
+
+
+def _direction(what: str, shape: str, found: dict[str, Any]) -> Iterator[Figure]:
+    fixed, beyond, ratio = found["fixed"]["median"], found["beyond"], found["ratio"]
+    note = f"{found['tensors']} tensors, {in_bytes(found['nbytes'])}"
+    yield Figure(f"{what}, whole process", _seconds(found["seconds"]), note=note)
+    yield Figure("  start of Python and imports", f"{fixed:.2f} s")
+    if shape == "many-small":
+        met = beyond["median"] < MANY_SMALL_SECONDS
+        yield Figure("  beyond that", _seconds(beyond), f"< {MANY_SMALL_SECONDS:.0f} s", met)
+    else:
+        yield Figure("  beyond that", _seconds(beyond))
+        yield Figure("  beyond that, of cp", f"{ratio:.2f} x", f"<= {RATIO} x", ratio <= RATIO)
+    extra = found["memory_beyond"]
+    idle = found["idle_memory"]["anonymous"] / MIB
+    yield Figure(
+        "  peak memory, not page cache",
+        f"{extra / MIB:.0f} MiB",
+        f"<= {MEMORY // MIB} MiB",
+        extra <= MEMORY,
+        f"above {idle:.0f} MiB idle; largest resident set {found['max_rss'] / MIB:.0f} MiB",
+    )
+    moved = found["moved"]
+    ways = ", ".join(f"{name} {in_bytes(moved[name])}" for name in ("kernel", "gathered", "staged") if moved[name])
+    yield Figure("  tensors moved", in_bytes(sum(moved.values()) - moved["read"]), note=ways)
+    disk = found["io"]["read_bytes"]
+    yield Figure(
+        "  read and written",
+        f"{in_bytes(found['io']['rchar'])}, {in_bytes(found['io']['wchar'])}",
+        note=f"{in_bytes(disk)} of it from the disk" if disk else "",
+    )
+
+
+def _planning(found: dict[str, Any]) -> Iterator[Figure]:
+    plan, layout = found["plan"], found["layout"]
+    seconds = found["import"]["seconds"]["median"]
+    torch = found["import"]["torch"]
+    note = "torch is imported" if torch else "no torch"
+    yield Figure(
+        "import bridge_core", f"{seconds:.3f} s", f"< {IMPORT_SECONDS} s", seconds < IMPORT_SECONDS and not torch, note
+    )
+    yield Figure(
+        f"planning {found['config']}",
+        f"{plan['seconds']:.2f} s",
+        f"< {PLAN_SECONDS:.0f} s",
+        plan["seconds"] < PLAN_SECONDS,
+        f"TP{layout['tp']} x PP{layout['pp']} x EP{layout['ep']}: {plan['ranks']:.0f} ranks, "
+        f"{plan['shards']:,.0f} shards",
+    )
+    yield Figure("  plan, audit", f"{plan['plan']:.3f} s, {plan['audit']:.3f} s")
+    yield Figure("  local_shards of every rank", f"{plan['local_shards']:.2f} s", note=f"{plan['pieces']:,.0f} pieces")
+    command = found["command"]["seconds"]
+    yield Figure(
+        "bridge-core plan, whole command",
+        _seconds(command),
+        f"< {COMMAND_SECONDS:.0f} s",
+        command["median"] < COMMAND_SECONDS,
+        f"largest resident set {found['command']['max_rss'] / MIB:.0f} MiB",
+    )
+
+
+def _seconds(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} s ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def table(results: dict[str, Any]) -> None:
+    """Print the figures beside their bars."""
+    console = require("rich.console", extra="cli").Console()
+    if not console.is_terminal:
+        console.width = 120
+    load, after = results["load_average"]["before"][0], results["load_average"]["after"][0]
+    machine = results["machine"]
+    shown = require("rich.table", extra="cli").Table(
+        title=f"bridge-core {results['versions']['bridge-core']}, {results['date'][:10]}",
+        caption=(
+            f"Medians of {results['rounds']} rounds (extremes). {machine['cores']} cores, "
+            f"{machine['memory'] / 2**30:.0f} GiB, {machine['file_system']}, Python {machine['python']}. "
+            f"Load average {load:.1f} before, {after:.1f} after."
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("", "measured", "bar", "", "note"):
+        shown.add_column(column, no_wrap=column != "note")
+    for figure in figures(results):
+        if figure is None:
+            shown.add_section()
+            continue
+        verdict = {None: "", True: "[green]met[/]", False: "[bold red]not met[/]"}[figure.met]
+        shown.add_row(figure.what, figure.value, figure.bar, verdict, figure.note)
+    console.print(shown)
