@@ -43,6 +43,7 @@ def _direction(what: str, shape: str, found: dict[str, Any]) -> Iterator[Figure]
     fixed, beyond, ratio = found["fixed"]["median"], found["beyond"], found["ratio"]
     note = f"{found['tensors']} tensors, {in_bytes(found['nbytes'])}"
     yield Figure(f"{what}, whole process", _seconds(found["seconds"]), note=note)
+    yield Figure("  processor time", _seconds(found["cpu"]))
     yield Figure("  start of Python and imports", f"{fixed:.2f} s")
     if shape == "many-small":
         met = beyond["median"] < MANY_SMALL_SECONDS
@@ -57,7 +58,7 @@ def _direction(what: str, shape: str, found: dict[str, Any]) -> Iterator[Figure]
         f"{extra / MIB:.0f} MiB",
         f"<= {MEMORY // MIB} MiB",
         extra <= MEMORY,
-        f"above {idle:.0f} MiB idle; largest resident set {found['max_rss'] / MIB:.0f} MiB",
+        f"above {idle:.0f} MiB idle; resident set {found['memory']['resident'] / MIB:.0f} MiB",
     )
     moved = found["moved"]
     ways = ", ".join(f"{name} {in_bytes(moved[name])}" for name in ("kernel", "gathered", "staged") if moved[name])
@@ -94,7 +95,7 @@ def _planning(found: dict[str, Any]) -> Iterator[Figure]:
         _seconds(command),
         f"< {COMMAND_SECONDS:.0f} s",
         command["median"] < COMMAND_SECONDS,
-        f"largest resident set {found['command']['max_rss'] / MIB:.0f} MiB",
+        f"resident set {found['command']['resident'] / MIB:.0f} MiB",
     )
 
 

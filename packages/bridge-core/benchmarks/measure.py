@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ class Timed:
         others: processors that were busy with something else meanwhile (the system's write-back included).
         stolen: processors that the hypervisor gave to another machine meanwhile.
         io: the counters of /proc/PID/io at the end.
-        max_rss: largest resident set, page cache that is mapped included.
+        max_rss: largest resident set, page cache that is mapped included. Not below that of the measuring
+            process, whose memory a child has until it becomes another program.
         output: what the command printed.
     """
 
@@ -211,4 +213,5 @@ def _child(command: Sequence[str], *, stdin: int) -> Iterator[tuple[_Child, Call
                 process.wait()
         if process.returncode:
             err.seek(0)
-            raise ChildFailedError(f"{' '.join(command[:4])}: exit code {process.returncode}\n{err.read().decode()}")
+            shown = textwrap.shorten(" ".join(command), 120)
+            raise ChildFailedError(f"exit code {process.returncode}: {shown}\n{err.read().decode()}")

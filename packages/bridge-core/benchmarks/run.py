@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bars import table
 from conversions import measure_shape, program
-from measure import ChildFailedError, spread, timed
+from measure import ChildFailedError, peak_memory, spread, timed
 from synthetic import SHAPES
 
 from bridge_core.errors import BridgeError
@@ -56,11 +56,14 @@ def measure_planning(folder: Path, *, rounds: int) -> dict[str, Any]:
     config.write_text(json.dumps(SHAPES[PLANNED]), encoding="utf-8")
     options = [part for name, value in LAYOUT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     planning = [sys.executable, str(Path(__file__).with_name("planning.py")), str(config), json.dumps(LAYOUT)]
+    command = [program(), "plan", str(config), *options]
     imports, plans, commands, bare = [], [], [], []
+    for warm in ([sys.executable, "-c", _IMPORT], planning, command):
+        timed(warm)
     for _ in range(rounds):
         imports.append(json.loads(timed([sys.executable, "-c", _IMPORT]).output))
         plans.append(json.loads(timed(planning).output))
-        commands.append(timed([program(), "plan", str(config), *options]))
+        commands.append(timed(command))
         bare.append(timed([sys.executable, "-c", ""]))
     return {
         "config": PLANNED,
@@ -73,7 +76,8 @@ def measure_planning(folder: Path, *, rounds: int) -> dict[str, Any]:
         "plan": {name: spread([found[name] for found in plans])["median"] for name in plans[0]},
         "command": {
             "seconds": spread([run.seconds for run in commands]),
-            "max_rss": max(run.max_rss for run in commands),
+            "cpu": spread([run.cpu for run in commands]),
+            "resident": peak_memory(command).resident,
         },
     }
 
@@ -124,6 +128,9 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
         "load_average": {"before": os.getloadavg()},
     }
     with workplace(arguments.folder, arguments.out) as folder:
+        # Every import finds compiled modules, as it does in an installed package.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str((folder / "bytecode").resolve())
         results["machine"]["file_system"] = file_system(folder)
         say(f"planning {PLANNED}")
         results["planning"] = measure_planning(folder, rounds=arguments.rounds)

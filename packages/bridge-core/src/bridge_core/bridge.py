@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,13 @@ from bridge_core.topology import ParallelLayout
 
 if TYPE_CHECKING:
     # Planning alone does without the machinery that moves bytes.
+    from torch import Tensor
+
     from bridge_core.checkpoint.convert import Options, Report
+    from bridge_core.runtime.load import LoadReport
+    from bridge_core.runtime.provider import Provider, Spec
+    from bridge_core.runtime.save import SaveReport
+    from bridge_core.runtime.stream import Stream
 
 
 class AutoBridge:
@@ -125,6 +131,61 @@ class AutoBridge:
         source = self.path if self._weights() else None
         given = {} if source else {"hf_config": self.config}
         return convert.export_ckpt(megatron_path, hf_path, options=run, **{"source": source, **given, **rest})
+
+    # --- Live models ---------------------------------------------------------------------------
+
+    def to_megatron_provider(self, *, spec: Spec | None = None) -> Provider:
+        """Settings of the Megatron model, to be changed and then built (`provide_distributed_model`).
+
+        Args:
+            spec: `"te"`, `"local"` or `"host"`; by default what fits the machine.
+        """
+        from bridge_core.runtime.provider import Provider
+
+        return Provider(self.fields, spec=spec)
+
+    def load_hf_weights(self, model: Any, path: str | Path | None = None, **options: Any) -> LoadReport:
+        """Fill a live model from this bridge's folder, or `path`. Collective; see `runtime.load.load_hf_weights`."""
+        from bridge_core.runtime.load import load_hf_weights
+
+        return load_hf_weights(model, self._folder(path), self.family, self.fields, **options)
+
+    def save_hf_pretrained(self, model: Any, path: str | Path, **options: Any) -> SaveReport:
+        """Write a live model as an HF folder. Collective; see `runtime.save.save_hf_pretrained`.
+
+        The bridge's own folder, if it holds weights, says how they are split into files.
+        """
+        from bridge_core.runtime.save import save_hf_pretrained
+
+        given = {"config": self.config, "source": self.path if self._weights() else None}
+        return save_hf_pretrained(model, path, self.family, self.fields, **(given | options))
+
+    def stream(self, model: Any, *, groups: Any = None, **options: Any) -> Stream:
+        """The export of a live model, planned once for many passes. See `runtime.stream.Stream`."""
+        from bridge_core.runtime.live import open_live
+        from bridge_core.runtime.stream import Stream
+
+        return Stream(open_live(model, self.family, self.fields, groups=groups), **options)
+
+    def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """Every HF tensor of a live model as (name, tensor), in one order on all ranks. Collective, lazy.
+
+        Args:
+            model: chunks of this rank, wrapped or not.
+            cpu: give tensors in host memory.
+            options: those of `stream`, which to prefer for repeated passes.
+        """
+        for name, tensor in self.stream(model, **options):
+            yield name, tensor.cpu() if cpu else tensor
+
+    def _folder(self, path: str | Path | None) -> Path:
+        if path is None and self.path is None:
+            raise ConfigError(
+                "there is no HF folder to read weights from",
+                where="a bridge made from a configuration alone",
+                fix="pass the folder, or make the bridge with from_hf_pretrained",
+            )
+        return Path(path or self.path or "")
 
     def __repr__(self) -> str:
         return f"AutoBridge({self.family.name}, {self.path or 'configuration only'})"

@@ -283,7 +283,7 @@ def shard_table(case: Case) -> dict[str, tuple[Any, ...]]:
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.rank_worker import groups
 
-    with host_backend():
+    with host_backend(), _global_state(case):
         pg = groups(**case.layout)
         (model,) = build_stages(case, pg)
         table = {}

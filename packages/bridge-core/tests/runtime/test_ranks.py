@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge_core.errors import LayoutError
+from bridge_core.errors import BridgeError, LayoutError
 from bridge_core.runtime.groups import group_ranks
 from bridge_core.testing.ranks import RankError, RankPool
 from bridge_core.topology import ParallelLayout
@@ -174,6 +174,14 @@ def test_a_dead_or_hung_rank_is_an_error_and_the_pool_starts_anew():
             pool.run(hang_on, 1, timeout_s=2)
         assert "in hang_on" in hung.value.traceback_text, "it says where the rank hangs"
         assert not pool.started
+
+
+def test_nccl_without_a_gpu_per_rank_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BridgeError, match="a GPU for each rank"):
+        RankPool(2, backend="nccl").run(place)
 
 
 # Tests of process groups.

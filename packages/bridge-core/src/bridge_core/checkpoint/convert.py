@@ -11,18 +11,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bridge_core.checkpoint.dcp_layout import write_metadata
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf, read_config
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_megatron
-from bridge_core.checkpoint.output import check_apart, check_free, finished_folder, partial_path
+from bridge_core.checkpoint.output import check_apart, check_free, partial_path
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
+from bridge_core.checkpoint.together import Alone, Workers, write_folder
 from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer, write_all
 from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
 from bridge_core.dtypes import dtype_of
@@ -35,28 +35,6 @@ ASSETS = "tokenizer"
 
 # Weights in other formats are not carried along; everything else beside the weights is.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-
-
-class Workers(Protocol):
-    """Processes that share a conversion. `size` 1 needs no communication at all."""
-
-    rank: int
-    size: int
-
-    def together(self, step: Callable[[], None]) -> None:
-        """Run `step` here; return when all workers did, raise if one of them failed. Collective."""
-        ...
-
-
-class Alone:
-    """One process."""
-
-    rank = 0
-    size = 1
-
-    def together(self, step: Callable[[], None]) -> None:
-        """Run `step`."""
-        step()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +132,7 @@ def import_ckpt(
 
     if on_total:
         on_total(sum(job.nbytes for job in layout.placed()))
-    moved = _write(output, nbytes, options, prepare, fill, lambda folder: write_metadata(folder / ITERATION, layout))
+    moved = _run(output, nbytes, options, prepare, fill, lambda folder: write_metadata(folder / ITERATION, layout))
     reasons = {name: _reason(family.ignored, name) for name in audit.ignored}
     return Report(
         output=output,
@@ -229,7 +207,7 @@ def export_ckpt(
 
     if on_total:
         on_total(layout.nbytes)
-    moved = _write(output, layout.nbytes, options, prepare, fill, finish)
+    moved = _run(output, layout.nbytes, options, prepare, fill, finish)
     return Report(
         output=output,
         family=plan.family.name,
@@ -241,7 +219,7 @@ def export_ckpt(
     )
 
 
-def _write(
+def _run(
     output: Path,
     nbytes: int,
     options: Options,
@@ -249,21 +227,16 @@ def _write(
     fill: Callable[[Path, int, int], Moved],
     finish: Callable[[Path], None],
 ) -> Moved:
-    """Prepare, fill and finish the output folder: the first and last by worker 0, the filling by all."""
-    workers = options.workers
     moved: list[Moved] = []
-    partial = partial_path(output)
-    with ExitStack() as stack:
-
-        def open_and_prepare() -> None:
-            if workers.rank == 0:
-                stack.enter_context(finished_folder(output, overwrite=options.overwrite, nbytes=nbytes))
-                prepare(partial)
-
-        workers.together(open_and_prepare)
-        workers.together(lambda: moved.append(fill(partial, workers.rank, workers.size)))
-        workers.together(lambda: finish(partial) if workers.rank == 0 else None)
-    workers.together(lambda: None)
+    write_folder(
+        output,
+        nbytes,
+        options.workers,
+        prepare,
+        lambda folder, rank, size: moved.append(fill(folder, rank, size)),
+        finish,
+        overwrite=options.overwrite,
+    )
     return moved[0]
 
 

@@ -45,6 +45,7 @@ class Shard(NamedTuple):
         shape: local shape.
         pieces: HF tensor (source) to the local parameter (target).
         pad: regions of the local parameter that no HF element fills.
+        entry, layer, expert: the plan's entry that it is an instance of, and its global numbers.
     """
 
     param: str
@@ -52,7 +53,10 @@ class Shard(NamedTuple):
     name: str
     shape: Shape
     pieces: tuple[Piece, ...]
-    pad: tuple[Box, ...] = ()
+    pad: tuple[Box, ...]
+    entry: str
+    layer: int
+    expert: int
 
 
 class RankCost(NamedTuple):
@@ -115,6 +119,7 @@ class Plan:
         self.entries = compile_entries(family, fields, padded_vocab=self.padded_vocab)
         self.placement = place_layers(layout, num_layers=fields["num_layers"])
         check_layout(fields, layout)
+        self._by_name = {entry.name: entry for entry in self.entries}
         self._forms: dict[tuple[str, int], LocalForm] = {}
 
     # --- Both sides, whole ---------------------------------------------------------------------
@@ -181,7 +186,8 @@ class Plan:
             piece._replace(target=piece.target._replace(tensor=param))
             for piece in entry.instance(form.pieces, layer, expert)
         )
-        return Shard(param, stage.vp_stage, fill(entry.name, layer, expert), form.shape, pieces, form.pad)
+        global_name = fill(entry.name, layer, expert)
+        return Shard(param, stage.vp_stage, global_name, form.shape, pieces, form.pad, entry.name, layer, expert)
 
     def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
         """Global numbers of the layers for which a stage holds an entry; `(0,)` for one without layers."""
@@ -204,7 +210,7 @@ class Plan:
 
     def entry(self, name: str) -> Entry:
         """The entry with a given Megatron name pattern."""
-        return next(entry for entry in self.entries if entry.name == name)
+        return self._by_name[name]
 
     def local_form(self, name: str, coordinate: int) -> LocalForm:
         """An entry cut for one coordinate of the axis that splits it (tp, or etp for experts); computed once."""

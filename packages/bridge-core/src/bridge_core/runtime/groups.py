@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import LayoutError
 from bridge_core.extras import require
@@ -124,8 +124,8 @@ def pg_collection(
     members = _members(ranks, layout, world=dist.get_world_size())
     table = group_ranks(layout)
     me = dist.get_rank()
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    found: dict[str, dist.ProcessGroup | None] = dict.fromkeys((*table, *_ABSENT))
+    made: dict[tuple[int, ...], Any] = {}
+    found: dict[str, Any] = dict.fromkeys((*table, *_ABSENT))
     for name, groups in table.items():
         for group in groups:
             global_ranks = tuple(members[index] for index in group)

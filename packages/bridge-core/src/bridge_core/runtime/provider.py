@@ -158,6 +158,36 @@ class Provider:
             )
         return [self._chunk(config, pg_collection, stage) for stage in range(self.layout.vpp)]
 
+    def provide_distributed_model(
+        self, pg_collection: ProcessGroupCollection, *, wrap_with_ddp: bool = False, ddp_config: Any = None
+    ) -> list[Any]:
+        """`provide`, moved to this rank's GPU where there is one, and wrapped in mcore's DDP if asked to.
+
+        Args:
+            pg_collection: groups of the layout that the settings say. Nothing global is read.
+            wrap_with_ddp: wrap every chunk in `DistributedDataParallel`.
+            ddp_config: its `DistributedDataParallelConfig`; by default mcore's defaults.
+        """
+        import torch
+
+        chunks = self.provide(pg_collection)
+        if torch.cuda.is_available() and self.spec != "host":
+            chunks = [chunk.cuda() for chunk in chunks]
+        if not wrap_with_ddp:
+            return chunks
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        return [
+            DistributedDataParallel(
+                chunk.config,
+                ddp_config or DistributedDataParallelConfig(),
+                chunk,
+                disable_bucketing=number > 0,
+                pg_collection=pg_collection,
+            )
+            for number, chunk in enumerate(chunks)
+        ]
+
     def _chunk(self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int) -> GPTModel:
         from megatron.core.models.gpt import GPTModel
 

@@ -179,6 +179,8 @@ class RankPool:
             self.close(kill=True)
         from torch.distributed import TCPStore
 
+        if self.backend == "nccl":
+            self._check_devices()
         # The store lives here and takes any free port: it outlives every job, and no port is guessed.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="bridge-ranks-")
@@ -198,6 +200,17 @@ class RankPool:
                 self._pipes.append(ours)
         for rank, pipe in enumerate(self._pipes):
             self._await_ready(rank, pipe)
+
+    def _check_devices(self) -> None:
+        import torch
+
+        if torch.cuda.device_count() < self.size:
+            raise BridgeError(
+                "NCCL needs a GPU for each rank",
+                expected=f"{self.size} GPUs",
+                got=torch.cuda.device_count(),
+                fix='use backend="gloo", or fewer ranks',
+            )
 
     def _await_ready(self, rank: int, pipe: Connection) -> None:
         """Imports are not part of a job's time; they have a limit of their own."""

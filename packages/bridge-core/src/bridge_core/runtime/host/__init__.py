@@ -11,7 +11,18 @@ The parameters have Transformer Engine's names and shapes (`linear_qkv.layer_nor
 `experts.linear_fc1.weight0`), and `sharded_state_dict` has its keys, so that a checkpoint written on a
 laptop is one that a production model loads. Speed is no aim.
 
-Not here: context parallelism (mcore has it with Transformer Engine only), FP8, Mamba.
+Groups are arguments: building, running, training and checkpointing a `GPTModel` reads nothing of mcore's
+global `parallel_state`, except that
+
+- 0.19.2 asks for two weight-rematerialisation groups (`tensor_parallel/layers.py`) and gets None: not used;
+- multi-token prediction asks which pipeline stage this is, and needs the global state initialised;
+- so does the loss inside the model (`labels=...`) on 0.16.1 (`tensor_parallel/cross_entropy.py`); compute it
+  from the logits. On 0.19.2 it works, with `parallel_output=True`.
+
+On gloo the all-to-all dispatcher needs `expert_tensor_parallel_size=1`: expert-TP ranks gather runs of
+unequal length, which gloo refuses. The default of `cpu_friendly`, all-gather, has no such limit.
+
+Not here: context parallelism (mcore has it with Transformer Engine only), FP8, Mamba, gated delta nets.
 """
 
 from __future__ import annotations

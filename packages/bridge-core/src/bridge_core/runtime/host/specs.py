@@ -153,6 +153,9 @@ def host_mtp_block_spec(
         config: mcore's `TransformerConfig` with `mtp_num_layers`.
         block: what `host_block_spec` or `host_layer_spec` gave; its last layer is the prediction layer.
         pp_rank, vp_stage: as in `host_block_spec`.
+
+    mcore asks its global `parallel_state` where these layers go, here and in `GPTModel`, in spite of these
+    arguments: it must be initialised (0.16.1 and 0.19.2, transformer/multi_token_prediction.py).
     """
     with _host_modules() as builders:
         return builders.get_gpt_mtp_block_spec_for_backend(

@@ -1,0 +1,175 @@
+"""A live Megatron model, seen as the plan sees it: its layout, this rank, and its tensors by canonical name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.errors import CoverageError, LayoutError, preview
+from bridge_core.families import Family, Fields
+from bridge_core.plan import Plan, Shard
+from bridge_core.runtime.tensors import dtype_name
+from bridge_core.topology import ParallelLayout
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch import Tensor
+
+# megatron-core's local specs (0.16.1 and 0.19.2, models/gpt/gpt_layer_specs.py, transformer/moe/experts.py)
+# against the canonical names, which are those of Transformer Engine's specs.
+_LOCAL_NAMES = (
+    (re.compile(r"(\.layers\.\d+\.)input_layernorm\."), r"\1self_attention.linear_qkv.layer_norm_"),
+    (re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$"), r".experts.\2.weight\1"),
+)
+_NORM_BEFORE_MLP = re.compile(r"\.pre_mlp_layernorm\.")
+
+_PIPELINE_OPTIONS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """This rank's part of a model, matched against a plan: every parameter has its shard.
+
+    Attributes:
+        plan: the plan of the model's layout.
+        rank: this rank's number in the layout.
+        shards: what this rank holds, in the plan's order.
+        tensors: the parameter of each shard, by (chunk, parameter name of the plan).
+    """
+
+    plan: Plan
+    rank: int
+    shards: tuple[Shard, ...]
+    tensors: Mapping[tuple[int, str], Tensor]
+
+    def tensor(self, shard: Shard) -> Tensor:
+        """The live parameter of a shard."""
+        return self.tensors[shard.chunk, shard.param]
+
+
+def unwrap(model: Any) -> list[Any]:
+    """The bare model chunks of a model or list of them, without `DDP`, `Float16Module` and other wrappers."""
+    chunks = list(model) if isinstance(model, Sequence | list) or _is_module_list(model) else [model]
+    bare = []
+    for chunk in chunks:
+        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+            chunk = chunk.module
+        bare.append(chunk)
+    return bare
+
+
+def _is_module_list(model: Any) -> bool:
+    import torch
+
+    return isinstance(model, torch.nn.ModuleList)
+
+
+def open_live(model: Any, family: Family, fields: Fields, *, groups: ProcessGroupCollection | None = None) -> LiveModel:
+    """Match a live model against the plan of its layout, before any byte is copied.
+
+    Args:
+        model: a `GPTModel`, or the list of its chunks under virtual pipelining, wrapped or not.
+        family, fields: of the HF model.
+        groups: the model's process groups; by default those it was built with (`model.pg_collection`).
+
+    Raises:
+        CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
+            on either side. Parameters on the meta device have no memory to copy into, and are refused.
+        LayoutError: the groups do not form the grids of a layout.
+    """
+    chunks = unwrap(model)
+    layout, rank = layout_of(chunks, chunks[0].pg_collection if groups is None else groups)
+    named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in chunk.named_parameters()}
+    padded = _padded_vocab(named, layout.tp)
+    dtypes = Counter(dtype_name(tensor) for tensor in named.values())
+    plan = Plan(family, fields, layout, padded_vocab=padded, dtype=dtypes.most_common(1)[0][0])
+    shards = tuple(plan.local_shards(rank))
+    wanted = {(shard.chunk, shard.param): shard for shard in shards}
+    tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}
+    _check(wanted, tensors, rank)
+    return LiveModel(plan, rank, shards, tensors)
+
+
+def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[ParallelLayout, int]:
+    """The layout that a model's process groups form, and this rank's number in it."""
+    config = chunks[0].config
+    string = getattr(config, "pipeline_model_parallel_layout", None)
+    options: dict[str, Any] = {name: getattr(config, name, None) or None for name in _PIPELINE_OPTIONS[:2]}
+    options |= {name: bool(getattr(config, name, False)) for name in _PIPELINE_OPTIONS[2:]}
+    layout = ParallelLayout(
+        tp=groups.tp.size(),
+        pp=groups.pp.size(),
+        vpp=len(chunks),
+        cp=groups.cp.size(),
+        dp=groups.dp.size(),
+        ep=groups.ep.size(),
+        etp=groups.expt_tp.size(),
+        pipeline_model_parallel_layout=getattr(string, "input_data", string),
+        **options,
+    )
+    rank = layout.rank_of(tp=groups.tp.rank(), cp=groups.cp.rank(), dp=groups.dp.rank(), pp=groups.pp.rank())
+    coords = layout.coords(rank)
+    found = (groups.expt_tp.rank(), groups.ep.rank())
+    if (coords.etp, coords.ep) != found:
+        raise LayoutError(
+            "the expert groups are ordered otherwise than the dense ones",
+            where=f"rank {rank} of {layout}",
+            expected=f"etp, ep = {(coords.etp, coords.ep)}",
+            got=found,
+            fix="make all groups in megatron-core's order tp-cp-ep-dp-pp",
+        )
+    return layout, rank
+
+
+def _padded_vocab(named: Mapping[tuple[int, str], Tensor], tp: int) -> int | None:
+    """Rows of the whole embedding, where this rank holds a part of it or of the output layer."""
+    for (_, name), tensor in named.items():
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            return tensor.shape[0] * tp
+    return None
+
+
+def _canonical(name: str, chunk: int, wanted: Mapping[tuple[int, str], Shard]) -> str:
+    for pattern, replacement in _LOCAL_NAMES:
+        name = pattern.sub(replacement, name)
+    if (chunk, name) not in wanted:
+        # In a dense layer the norm is fused into linear_fc1; before experts it stands alone.
+        name = _NORM_BEFORE_MLP.sub(".mlp.linear_fc1.layer_norm_", name)
+    return name
+
+
+def _check(wanted: Mapping[tuple[int, str], Shard], tensors: Mapping[tuple[int, str], Tensor], rank: int) -> None:
+    missing = [f"{name} (chunk {chunk})" for chunk, name in wanted if (chunk, name) not in tensors]
+    extra = [f"{name} (chunk {chunk})" for chunk, name in tensors if (chunk, name) not in wanted]
+    if missing or extra:
+        raise CoverageError(
+            "the live model does not hold the parameters that the configuration says",
+            where=f"rank {rank}: {preview([*missing, *extra])}",
+            expected=f"{len(wanted)} parameters; the model lacks {len(missing)}: {preview(missing) or 'none'}",
+            got=f"{len(tensors)} parameters; the plan lacks {len(extra)}: {preview(extra) or 'none'}",
+            fix="build the model from the same configuration (AutoBridge.to_megatron_provider)",
+        )
+    for key, shard in wanted.items():
+        if tensors[key].is_meta:
+            raise CoverageError(
+                "a parameter is on the meta device and has no memory",
+                where=f"rank {rank}: {shard.param}",
+                expected="a parameter on a CPU or GPU",
+                fix="materialise the model first, for example with model.to_empty(device=...)",
+            )
+        if tuple(tensors[key].shape) != tuple(shard.shape):
+            raise CoverageError(
+                "a parameter of the live model has another shape than the configuration says",
+                where=f"rank {rank}: {shard.param}",
+                expected=shard.shape,
+                got=tuple(tensors[key].shape),
+                fix="build the model from the same configuration, at the same parallel sizes",
+            )

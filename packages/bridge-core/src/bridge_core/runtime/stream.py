@@ -1,0 +1,167 @@
+"""HF weights out of a live model, as a stream: the same names in the same order on every rank.
+
+Tensors travel in buckets of bounded bytes. A rank copies what it owns into a bucket of zeros; a sum over
+all ranks then gives every rank the whole, to the bit, because exactly one rank contributes to each byte.
+So a bucket is one collective, whatever the layout, and nobody needs to know where anything came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import BridgeError, CoverageError
+from bridge_core.geometry import Piece
+from bridge_core.plan import Shard, TensorMeta
+from bridge_core.plan.plan import OUTPUT
+from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.load import default_group
+from bridge_core.runtime.tensors import flat, torch_dtype, window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ALIGN = 16  # bytes; every tensor in a bucket starts at a multiple, so that it can be viewed in its dtype
+
+
+@dataclass
+class Stream:
+    """A model's export, planned once and run as often as weights change.
+
+    Args:
+        live: the model, matched against its plan.
+        group: all ranks of the model; by default torch's default group.
+        dtype: dtype of floating-point tensors in the stream; by default `plan.dtype`.
+        bucket_bytes: bytes of a bucket. A group of tensors that must travel together is never split, and
+            makes a larger bucket if it has to.
+        names: patterns (as in a shell) of the HF names wanted; their whole groups travel.
+
+    Attributes:
+        collectives: how many collectives the stream has run so far.
+    """
+
+    live: LiveModel
+    group: Any = None
+    dtype: str | None = None
+    bucket_bytes: int = 512 * 1024 * 1024
+    names: Collection[str] = ("*",)
+    collectives: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.group = self.group or default_group()
+        self._metadata = self._wanted()
+        self._buckets = self._fill_buckets()
+        self._owned = self._owned_pieces()
+
+    def metadata(self) -> list[TensorMeta]:
+        """Name, dtype, shape, bytes and group of everything the stream will yield, in its order. No weights move."""
+        return list(self._metadata)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Fresh pass over (name, tensor). Collective: all ranks of the group iterate, to the end.
+
+        The tensors share a bucket's memory, which is not reused; they are on the parameters' device.
+
+        Raises:
+            BridgeError: on every rank, if one of them failed or left the loop early.
+        """
+        return self._run()
+
+    def _run(self) -> Iterator[tuple[str, Tensor]]:
+        left = True
+        try:
+            for bucket in self._buckets:
+                yield from self._gathered(bucket)
+            left = False
+        finally:
+            self._agree(failed=left)
+
+    def _wanted(self) -> list[TensorMeta]:
+        everything = self.live.plan.metadata()
+        if self.dtype is not None:
+            everything = [_in_dtype(meta, dtype_of(self.dtype).name) for meta in everything]
+        chosen = {m.group for m in everything if any(fnmatchcase(m.name, pattern) for pattern in self.names)}
+        if not chosen:
+            raise CoverageError("no tensor of the model has such a name", where=", ".join(self.names))
+        return [m for m in everything if m.group in chosen]
+
+    def _fill_buckets(self) -> list[list[tuple[TensorMeta, int]]]:
+        """Tensors with their byte offsets, bucket by bucket; groups whole."""
+        groups: dict[str, list[TensorMeta]] = {}
+        for meta in self._metadata:
+            groups.setdefault(meta.group, []).append(meta)
+        buckets: list[list[tuple[TensorMeta, int]]] = []
+        end = self.bucket_bytes + 1
+        for members in groups.values():
+            size = sum(-(-m.nbytes // _ALIGN) * _ALIGN for m in members)
+            if end + size > self.bucket_bytes:
+                buckets.append([])
+                end = 0
+            for meta in members:
+                buckets[-1].append((meta, end))
+                end += -(-meta.nbytes // _ALIGN) * _ALIGN
+        self._metadata = [meta for bucket in buckets for meta, _ in bucket]
+        return buckets
+
+    def _owned_pieces(self) -> dict[str, list[tuple[Shard, Piece]]]:
+        """HF name -> this rank's own pieces of it: those of the first of all replicas."""
+        layout = self.live.plan.layout
+        coords = layout.coords(self.live.rank)
+        owned: dict[str, list[tuple[Shard, Piece]]] = {}
+        for shard in self.live.shards:
+            entry = self.live.plan.entry(shard.entry)
+            replica = coords.expert_dp if entry.is_expert else coords.dp + coords.cp
+            if entry.split is None:
+                replica += coords.etp if entry.is_expert else coords.tp
+            if replica or shard.param == OUTPUT != shard.name:
+                continue
+            for piece in shard.pieces:
+                owned.setdefault(piece.source.tensor, []).append((shard, piece.inverse()))
+        return owned
+
+    def _gathered(self, bucket: list[tuple[TensorMeta, int]]) -> list[tuple[str, Tensor]]:
+        import torch
+        import torch.distributed as dist
+
+        last, end = bucket[-1]
+        size = -(-(end + last.nbytes) // _ALIGN) * _ALIGN
+        data = torch.zeros(size, dtype=torch.uint8, device=next(iter(self.live.tensors.values())).device)
+        tensors = [(m.name, data[at : at + m.nbytes].view(torch_dtype(m.dtype))) for m, at in bucket]
+        failure: Exception | None = None
+        try:
+            for name, target in tensors:
+                for shard, piece in self._owned.get(name, ()):
+                    source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
+                    window(target, piece.shape, piece.target).copy_(source)
+        except Exception as error:
+            failure = error
+        self._agree(failed=failure is not None, cause=failure)
+        dist.all_reduce(data.view(torch.int32), group=self.group)
+        self.collectives += 1
+        return [(m.name, tensor.view(m.shape)) for (m, _), (_, tensor) in zip(bucket, tensors, strict=True)]
+
+    def _agree(self, *, failed: bool, cause: Exception | None = None) -> None:
+        """All ranks learn whether one of them failed. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        device = next(iter(self.live.tensors.values())).device
+        flag = torch.tensor([self.live.rank + 1 if failed else 0], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        self.collectives += 1
+        if cause is not None:
+            raise cause
+        if flag.item() and not failed:
+            raise BridgeError(
+                f"rank {int(flag.item()) - 1} failed, or left the stream before its end",
+                expected="all ranks to iterate to the end",
+                fix="look at that rank's own error",
+            )
+
+
+def _in_dtype(meta: TensorMeta, dtype: str) -> TensorMeta:
+    return meta._replace(dtype=dtype, nbytes=prod(meta.shape) * dtype_of(dtype).itemsize)

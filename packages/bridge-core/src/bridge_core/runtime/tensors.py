@@ -1,0 +1,49 @@
+"""Between torch tensors and the bytes of files: dtypes, flat views, strided views."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.dtypes import dtype_of, numpy_dtype
+from bridge_core.geometry import Shape, View
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The safetensors name of a tensor's dtype."""
+    return dtype_of(str(tensor.dtype)).name
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a safetensors name."""
+    import torch
+
+    return getattr(torch, dtype_of(name).torch)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """All elements of a contiguous parameter, in order, sharing its memory and outside of autograd."""
+    return tensor.detach().view(-1)
+
+
+def window(flat_tensor: Tensor, shape: Shape, view: View) -> Tensor:
+    """The strided view of a piece on a flat tensor."""
+    return flat_tensor.as_strided(shape, view.strides, flat_tensor.storage_offset() + view.offset)
+
+
+def from_numpy(array: np.ndarray, dtype: str) -> Tensor:
+    """A tensor that shares the memory of a flat array, also of dtypes that numpy itself does not know."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(array.view(np.uint8)).view(torch_dtype(dtype))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A flat array that shares the memory of a contiguous CPU tensor."""
+    import torch
+
+    return flat(tensor).view(torch.uint8).numpy().view(numpy_dtype(dtype_name(tensor)))
