@@ -53,6 +53,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         self.group = self.group or default_group()
+        self._told = False
         self._metadata = self._wanted()
         self._buckets = self._fill_buckets()
         self._owned = self._owned_pieces()
@@ -72,13 +73,15 @@ class Stream:
         return self._run()
 
     def _run(self) -> Iterator[tuple[str, Tensor]]:
+        self._told = False
         left = True
         try:
             for bucket in self._buckets:
                 yield from self._gathered(bucket)
             left = False
         finally:
-            self._agree(failed=left)
+            if not self._told:  # once a failure is known to all, nobody waits for another word
+                self._agree(failed=left)
 
     def _wanted(self) -> list[TensorMeta]:
         everything = self.live.plan.metadata()
@@ -153,9 +156,10 @@ class Stream:
         flag = torch.tensor([self.live.rank + 1 if failed else 0], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         self.collectives += 1
+        self._told = bool(flag.item())
         if cause is not None:
             raise cause
-        if flag.item() and not failed:
+        if self._told and not failed:
             raise BridgeError(
                 f"rank {int(flag.item()) - 1} failed, or left the stream before its end",
                 expected="all ranks to iterate to the end",

@@ -1,0 +1,112 @@
+"""Jobs for the pool: load HF weights into a live model, save and stream them again."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+
+def round_trip(path: str, layout: dict[str, Any], spec: str, out: str, tokens, *, bucket_bytes: int = 60_000):
+    """Load, run, save, stream: what each step said on this rank."""
+    import torch
+    from runtime.helpers import poisoned_parallel_state
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build, forward
+
+    with ExitStack() as stack:
+        stack.enter_context(host_backend())
+        bridge = AutoBridge.from_hf_pretrained(path)
+        _, pg, chunks = build(bridge.fields, layout, spec=spec, vocab_divisible_by=16)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(float("nan"))
+        reads = stack.enter_context(poisoned_parallel_state(frozenset()))
+        loaded = bridge.load_hf_weights(chunks)
+        saved = bridge.save_hf_pretrained(chunks, out)
+        stream = bridge.stream(chunks, bucket_bytes=bucket_bytes)
+        tensors = {name: tensor.clone() for name, tensor in stream}
+        collectives = stream.collectives
+        again = [name for name, _ in stream]
+        assert not reads, reads
+        stack.pop_all().close()
+    with host_backend(), torch.no_grad():
+        logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+    return {
+        "loaded": loaded,
+        "saved": saved,
+        "stream": tensors if pg.tp.rank() + pg.pp.rank() + pg.dp.rank() == 0 else None,
+        "order": list(tensors),
+        "again": again,
+        "metadata": stream.metadata(),
+        "collectives": collectives,
+        "buckets": len(stream._buckets),
+        "logits": logits,
+        "tp": pg.tp.rank(),
+        "held": sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters()),
+        "padding": sum(box.numel * 4 for shard in bridge_shards(bridge, chunks) for box in shard.pad),
+    }
+
+
+def bridge_shards(bridge, chunks):
+    from bridge_core.runtime.live import open_live
+
+    return open_live(chunks, bridge.family, bridge.fields).shards
+
+
+def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) -> str:
+    """Load into a model that was built from other fields; the error's text."""
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, _, chunks = build(bridge.fields | fields_changes, layout, spec="host")
+        before = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+        try:
+            bridge.load_hf_weights(chunks)
+        except BridgeError as error:
+            after = [parameter for chunk in chunks for parameter in chunk.parameters()]
+            assert all((a == b).all() for a, b in zip(before, after, strict=True)), "bytes were copied"
+            return str(error)
+    return "no error"
+
+
+def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> str:
+    """One rank cannot read (or write, or stream); what every rank is told."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime import load, save
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    def broken(*args, **kwargs):
+        raise MemoryError("no memory left on this rank")
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, _, chunks = build(bridge.fields, layout, spec="host")
+        bridge.load_hf_weights(chunks)
+        originals = load.gather, save._Writer._write
+        if dist.get_rank() == 1:
+            load.gather, save._Writer._write = broken, broken
+        try:
+            if step == "load":
+                bridge.load_hf_weights(chunks)
+            elif step == "save":
+                bridge.save_hf_pretrained(chunks, out)
+            else:
+                for number, (_, tensor) in enumerate(bridge.export_hf_weights(chunks, bucket_bytes=20_000)):
+                    assert tensor.numel()
+                    if dist.get_rank() == 1 and number == 3:
+                        break
+                if dist.get_rank() == 1:
+                    return "left"
+        except (BridgeError, MemoryError) as error:
+            return str(error)
+        finally:
+            load.gather, save._Writer._write = originals
+    return "no error"

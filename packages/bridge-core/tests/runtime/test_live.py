@@ -1,0 +1,126 @@
+"""Live ranks: HF weights into real mcore models and out again, at every kind of layout, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+from runtime.live_jobs import fail_on_one_rank, refuse, round_trip
+
+from bridge_core import ParallelLayout, verify
+from bridge_core.testing.hf_models import make_model, save_model
+
+torch = pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="the oracle is transformers")
+
+TOKENS = torch.tensor([[3, 17, 91, 130, 5, 64, 64, 2, 77, 11, 40, 8]])
+
+DENSE = [
+    {"tp": 2},
+    {"pp": 2},
+    {"pp": 2, "vpp": 2},
+    {"tp": 2, "pp": 2},
+    {"dp": 2},
+    {"pp": 2, "num_layers_in_first_pipeline_stage": 3},
+]
+EXPERTS = [{"ep": 2, "dp": 2}, {"tp": 1, "ep": 1, "etp": 2, "dp": 2}, {"tp": 2, "ep": 2, "etp": 1}]
+CASES = [
+    *(("qwen3", layout, "host") for layout in DENSE),
+    ("llama-tied", {"pp": 2}, "host"),
+    ("qwen2", {"tp": 4}, "local"),
+    *(("qwen3_moe", layout, "host") for layout in [{"tp": 2, "pp": 2}, *EXPERTS]),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, "local"),
+    ("qwen3_moe-mixed", {"pp": 2, "ep": 2, "dp": 2}, "host"),
+    ("mixtral", {"pp": 2, "vpp": 2, "ep": 2, "dp": 2}, "host"),
+]
+# The allgather dispatcher of the CPU has no expert-tensor parallelism beyond tp: weights only.
+NO_FORWARD = [{"tp": 1, "ep": 1, "etp": 2, "dp": 2}]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Each model once, saved by transformers, with its logits."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model = make_model(name)
+            folder = save_model(model, tmp_path_factory.mktemp(name) / "hf", max_shard_size="300KB")
+            with torch.no_grad():
+                made[name] = folder, model(TOKENS).logits
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "layout", "spec"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_load_run_save_and_stream(rank_pool, models, tmp_path, name, layout, spec):
+    folder, logits = models(name)
+    sizes = ParallelLayout(**layout)
+    out = tmp_path / "out"
+    results = rank_pool.run(round_trip, str(folder), layout, spec, str(out), TOKENS, ranks=range(sizes.world_size))
+    # Saved: the very files that were loaded, each byte written by one rank.
+    for file in sorted(folder.glob("*.safetensors*")):
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    verify(folder, out).raise_if_different()
+    total = sum(meta.nbytes for meta in results[0]["metadata"])
+    assert sum(result["saved"].bytes_written for result in results) == total
+    for result in results:
+        # Loaded: every rank read what it holds and nothing else.
+        assert result["loaded"].bytes_read == result["held"] - result["padding"]
+        # Streamed: one order, twice, in as many collectives as there are buckets.
+        assert result["order"] == result["again"] == [meta.name for meta in results[0]["metadata"]]
+        assert result["collectives"] == 2 * result["buckets"] + 1
+        assert result["buckets"] <= total // 30_000 + 2
+    compare_stream(results, folder)
+    if layout not in NO_FORWARD:
+        compare_logits(results, logits, sizes)
+
+
+def compare_stream(results, folder) -> None:
+    from safetensors.torch import load_file
+
+    expected = {}
+    for file in folder.glob("*.safetensors"):
+        expected |= load_file(file)
+    got = next(result["stream"] for result in results if result["stream"] is not None)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name].view(torch.int32), tensor.view(torch.int32)), name
+
+
+def compare_logits(results, expected, layout: ParallelLayout) -> None:
+    parts = {
+        result["tp"]: result["logits"]
+        for rank, result in enumerate(results)
+        if result["logits"] is not None and layout.coords(rank).dp == 0
+    }
+    got = torch.cat([parts[rank] for rank in sorted(parts)], dim=-1)[..., : expected.shape[-1]]
+    assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 5}, ["plan lacks", "decoder.layers.4"]),
+        ({"ffn_hidden_size": 128}, ["another shape", "linear_fc1"]),
+        ({"qk_layernorm": False}, ["model lacks", "q_layernorm"]),
+    ],
+)
+def test_another_model_is_refused_before_a_byte_is_copied(rank_pool, models, changes, words):
+    folder, _ = models("qwen3")
+    for text in rank_pool.run(refuse, str(folder), changes, {"tp": 2}, ranks=[0, 1]):
+        for word in words:
+            assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [("load", "no memory left"), ("save", "no memory left"), ("stream", "left the stream")]
+)
+def test_one_failing_rank_is_heard_by_all(rank_pool, models, tmp_path, step, words):
+    folder, _ = models("qwen3")
+    out = tmp_path / "out"
+    told = rank_pool.run(fail_on_one_rank, str(folder), {"tp": 2}, step, str(out), ranks=[0, 1], timeout_s=60)
+    assert words in told[0]
+    assert told[1] == "left" if step == "stream" else words in told[1]
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
