@@ -110,3 +110,39 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
         finally:
             load.gather, save._Writer._write = originals
     return "no error"
+
+
+def die_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str, notes: str) -> None:
+    """The last rank is killed in the middle of a step; the others note what they were told, and when."""
+    import os
+    import signal
+    import time
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime import load, save
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    rank = dist.get_rank()
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, _, chunks = build(bridge.fields, layout, spec="host")
+        bridge.load_hf_weights(chunks)
+        if rank == dist.get_world_size() - 1:
+            load.gather, save._Writer._write = die, die
+        started = time.monotonic()
+        try:
+            if step == "load":
+                bridge.load_hf_weights(chunks)
+            else:
+                bridge.save_hf_pretrained(chunks, out)
+            text = "no error"
+        except (BridgeError, RuntimeError) as error:
+            text = f"{type(error).__name__}: {error}"
+        Path(notes, str(rank)).write_text(f"{time.monotonic() - started:.1f}\n{text}")

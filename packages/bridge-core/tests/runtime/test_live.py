@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from runtime.live_jobs import fail_on_one_rank, refuse, round_trip
+from runtime.live_jobs import die_on_one_rank, fail_on_one_rank, refuse, round_trip
 
 from bridge_core import ParallelLayout, verify
 from bridge_core.testing.hf_models import make_model, save_model
+from bridge_core.testing.ranks import RankError, RankPool
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -55,9 +56,22 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(("name", "layout", "spec"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_load_run_save_and_stream(rank_pool, models, tmp_path, name, layout, spec):
     folder, logits = models(name)
+    check_round_trip(rank_pool, folder, logits, layout, spec, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "pp": 2, "ep": 2, "etp": 1, "dp": 2}, {"tp": 2, "pp": 2, "ep": 2, "etp": 2, "dp": 2}]
+)
+def test_eight_ranks(models, tmp_path, layout):
+    folder, logits = models("qwen3_moe")
+    with RankPool(8) as pool:
+        check_round_trip(pool, folder, logits, layout, "host", tmp_path / "out")
+
+
+def check_round_trip(pool, folder, logits, layout, spec, out):
     sizes = ParallelLayout(**layout)
-    out = tmp_path / "out"
-    results = rank_pool.run(round_trip, str(folder), layout, spec, str(out), TOKENS, ranks=range(sizes.world_size))
+    results = pool.run(round_trip, str(folder), layout, spec, str(out), TOKENS, ranks=range(sizes.world_size))
     # Saved: the very files that were loaded, each byte written by one rank.
     for file in sorted(folder.glob("*.safetensors*")):
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
@@ -124,3 +138,17 @@ def test_one_failing_rank_is_heard_by_all(rank_pool, models, tmp_path, step, wor
     assert told[1] == "left" if step == "stream" else words in told[1]
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("step", ["load", "save"])
+def test_a_killed_rank_ends_the_others_with_an_error(models, tmp_path, step):
+    """A pool of its own: the dead process must not be one of the session's."""
+    folder, _ = models("qwen3")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    with RankPool(2) as pool, pytest.raises(RankError):
+        pool.run(die_on_one_rank, str(folder), {"tp": 2}, step, str(tmp_path / "out"), str(notes), timeout_s=60)
+    seconds, text = (notes / "0").read_text().split("\n", 1)
+    assert float(seconds) < 30
+    assert "lost" in text or "onnection" in text, text
+    assert not (tmp_path / "out").exists()
