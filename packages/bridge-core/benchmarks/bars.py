@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any, NamedTuple
 
 from bridge_core.cli.tables import in_bytes
@@ -103,6 +104,12 @@ def _seconds(found: dict[str, float]) -> str:
     return f"{found['median']:.2f} s ({found['min']:.2f} to {found['max']:.2f})"
 
 
+def busy_elsewhere(results: dict[str, Any]) -> float:
+    """Processors that were busy with something else while conversions were timed: the median of all runs."""
+    shapes = results["shapes"].values()
+    return median(run["others"] for found in shapes for name in ("import", "export") for run in found[name]["runs"])
+
+
 def table(results: dict[str, Any]) -> None:
     """Print the figures beside their bars."""
     console = require("rich.console", extra="cli").Console()
@@ -115,7 +122,8 @@ def table(results: dict[str, Any]) -> None:
         caption=(
             f"Medians of {results['rounds']} rounds (extremes). {machine['cores']} cores, "
             f"{machine['memory'] / 2**30:.0f} GiB, {machine['file_system']}, Python {machine['python']}. "
-            f"Load average {load:.1f} before, {after:.1f} after."
+            f"Load average {load:.1f} before, {after:.1f} after; "
+            f"{busy_elsewhere(results):.1f} cores busy with other things during the runs."
         ),
         title_justify="left",
         caption_justify="left",

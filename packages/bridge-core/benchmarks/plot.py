@@ -49,7 +49,8 @@ def _conversion(panel: Axes, shape: str, found: dict[str, Any]) -> None:
         panel.hlines(bar, *_extent(name), color=BAR, linewidth=1.5, label="bar" if first else None)
         _dots(panel, name, found[name]["runs"])
     _finish(panel, f"{shape}, {found['bytes'] / 1e9:.2g} GB")
-    panel.legend(fontsize=7, frameon=False)
+    panel.set_ylim(top=1.3 * panel.get_ylim()[1])  # room for the legend
+    panel.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def _planning(panel: Axes, found: dict[str, Any]) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bridge_core.checkpoint.convert import Options, Report
+    from bridge_core.runtime.describe import LocalShard, M2NEntry, WeightSource
     from bridge_core.runtime.load import LoadReport
+    from bridge_core.runtime.megatron_ckpt import MegatronReport
     from bridge_core.runtime.provider import Provider, Spec
     from bridge_core.runtime.save import SaveReport
     from bridge_core.runtime.stream import Stream
@@ -160,6 +162,25 @@ class AutoBridge:
         given = {"config": self.config, "source": self.path if self._weights() else None}
         return save_hf_pretrained(model, path, self.family, self.fields, **(given | options))
 
+    def save_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
+        """Write a live model as a Megatron checkpoint. Collective.
+
+        See `runtime.megatron_ckpt.save_megatron_model`.
+        """
+        from bridge_core.runtime.megatron_ckpt import save_megatron_model
+
+        given: dict[str, Any] = {"hf_config": self.config}
+        return save_megatron_model(model, path, self.family, self.fields, **(given | options))
+
+    def load_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
+        """Fill a live model from a Megatron checkpoint of any layout. Collective.
+
+        See `runtime.megatron_ckpt.load_megatron_model`.
+        """
+        from bridge_core.runtime.megatron_ckpt import load_megatron_model
+
+        return load_megatron_model(model, path, self.family, self.fields, **options)
+
     def stream(self, model: Any, *, groups: Any = None, **options: Any) -> Stream:
         """The export of a live model, planned once for many passes. See `runtime.stream.Stream`."""
         from bridge_core.runtime.live import open_live
@@ -177,6 +198,35 @@ class AutoBridge:
         """
         for name, tensor in self.stream(model, **options):
             yield name, tensor.cpu() if cpu else tensor
+
+    def iter_local_shards(self, model: Any, *, groups: Any = None) -> Iterator[LocalShard]:
+        """What this rank holds of which HF tensor, as views; nothing is communicated.
+
+        See `runtime.describe.iter_local_shards`.
+        """
+        from bridge_core.runtime.describe import iter_local_shards
+        from bridge_core.runtime.live import open_live
+
+        return iter_local_shards(open_live(model, self.family, self.fields, groups=groups))
+
+    def m2n_entries(self, model: Any, *, groups: Any = None) -> list[M2NEntry]:
+        """A manifest entry per HF tensor that this rank holds a part of. See `runtime.describe.m2n_entries`."""
+        from bridge_core.runtime.describe import m2n_entries
+        from bridge_core.runtime.live import open_live
+
+        return m2n_entries(open_live(model, self.family, self.fields, groups=groups))
+
+    def weight_source(self, model: Any, *, cpu: bool = False, **options: Any) -> WeightSource:
+        """A live model as vLLM's `WeightSource` protocol has it. See `runtime.describe.WeightSource`.
+
+        Args:
+            model: chunks of this rank, wrapped or not.
+            cpu: give tensors in host memory.
+            options: those of `stream`.
+        """
+        from bridge_core.runtime.describe import WeightSource
+
+        return WeightSource(self.stream(model, **options), cpu=cpu)
 
     def _folder(self, path: str | Path | None) -> Path:
         if path is None and self.path is None:

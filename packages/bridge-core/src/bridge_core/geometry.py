@@ -302,3 +302,24 @@ def tiling_error(tensor_shape: Shape, views: Sequence[tuple[Shape, View]]) -> st
     if covered != prod(tensor_shape):
         return f"{covered} of {prod(tensor_shape)} elements are covered"
     return None
+
+
+def box_of(shape: Shape, view: View, tensor_shape: Shape) -> Box | None:
+    """The region of the tensor that a view covers, if it is a box; None for a view with gaps."""
+    start: list[int] = []
+    extent: list[int] = []
+    for mask in _image(shape, view, tensor_shape):
+        first, count = (mask & -mask).bit_length() - 1, mask.bit_count()
+        if mask.bit_length() - first != count:
+            return None
+        start.append(first)
+        extent.append(count)
+    return Box(tuple(start), tuple(extent))
+
+
+def in_source_order(piece: Piece) -> Piece:
+    """The same copy with its axes in the row-major order of the source; axes of extent 1 are dropped."""
+    axes = [axis for axis in zip(piece.shape, piece.source.strides, piece.target.strides, strict=True) if axis[0] != 1]
+    axes.sort(key=lambda axis: -axis[1])
+    shape, source, target = (tuple(axis[which] for axis in axes) for which in range(3))
+    return Piece(shape, piece.source._replace(strides=source), piece.target._replace(strides=target))

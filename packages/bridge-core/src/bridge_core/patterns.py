@@ -42,8 +42,3 @@ def match(pattern: str, name: str) -> dict[str, int] | None:
     """The numbers that fill the holes of `pattern` so that it becomes `name`; None if none do."""
     found = _regex(pattern).fullmatch(name)
     return None if found is None else {hole: int(number) for hole, number in found.groupdict().items()}
-
-
-def template_of(name: str) -> str:
-    """A name with every dotted or trailing number replaced by `#`: names of one kind share it."""
-    return re.sub(r"(?<=[.a-z])\d+(?=\.|$)", "#", name)

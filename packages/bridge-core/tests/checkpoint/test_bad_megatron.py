@@ -135,5 +135,10 @@ def test_a_broken_megatron_folder_is_refused(tmp_path, converted, breaks):
 
 def test_a_source_of_another_model_is_refused(tmp_path, converted):
     source = write_hf(tmp_path / "source", intermediate_size=48)
-    refused(lambda: export_ckpt(converted, tmp_path / "out" / "hf", source=source), "linear_fc1", "(4, 96, 12)")
+    refused(
+        lambda: export_ckpt(converted, tmp_path / "out" / "hf", source=source),
+        "ffn_hidden_size=24",
+        "=48",
+        "contradicts",
+    )
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ the output gets its name last. Several workers may share the copying; each compu
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, op
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_megatron
-from bridge_core.checkpoint.output import check_apart, check_free, partial_path
+from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.together import Alone, Workers, write_folder
-from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer, write_all
+from bridge_core.checkpoint.transfer import Moved, Progress, create_file, share, transfer
 from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError, UnsafeCheckpointError
 from bridge_core.families import family_for
 from bridge_core.plan import Plan
 from bridge_core.topology import ParallelLayout
@@ -34,7 +34,10 @@ ITERATION = "iter_0000000"
 ASSETS = "tokenizer"
 
 # Weights in other formats are not carried along; everything else beside the weights is.
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_OTHER_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".nemo"),
+    *(".distcp", ".index.json"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,10 @@ class Options:
     threads: int = 2
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError("threads must be at least 1", where="threads", expected=">= 1", got=self.threads)
+
 
 def import_ckpt(
     hf_path: str | Path,
@@ -100,8 +107,8 @@ def import_ckpt(
         BridgeError: bad input (nothing was written) or a failed write (nothing looks finished).
     """
     source = open_hf(hf_path)
-    output = Path(megatron_path)
-    check_free(output, overwrite=options.overwrite)
+    check_free(Path(megatron_path), overwrite=options.overwrite)
+    output = real_path(Path(megatron_path))
     check_apart(output, source.path)
     family = family_for(source.config)
     fields = family.to_megatron(source.config, ignore=ignore_options)
@@ -112,7 +119,7 @@ def import_ckpt(
     nbytes = sum(layout.files.values())
     main_dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
     run_config = write_run_config(fields, family, source.config, main_dtype)
-    carried = _assets(source)
+    carried = carried_files(source)
 
     def prepare(folder: Path) -> None:
         iteration = folder / ITERATION
@@ -121,7 +128,7 @@ def import_ckpt(
             (iteration / name).write_bytes(data)
         (iteration / RUN_CONFIG).write_text(run_config, encoding="utf-8")
         (folder / LATEST).write_text("0", encoding="utf-8")
-        _copy_files(source.path, carried, iteration / ASSETS)
+        copy_files(source.path, carried, iteration / ASSETS)
 
     def fill(folder: Path, rank: int, size: int) -> Moved:
         names = [name for number, name in enumerate(layout.files) if number % size == rank]
@@ -135,7 +142,7 @@ def import_ckpt(
     moved = _run(output, nbytes, options, prepare, fill, lambda folder: write_metadata(folder / ITERATION, layout))
     reasons = {name: _reason(family.ignored, name) for name in audit.ignored}
     return Report(
-        output=output,
+        output=Path(megatron_path),
         family=family.name,
         tensors=audit.hf_tensors,
         nbytes=nbytes,
@@ -153,6 +160,7 @@ def export_ckpt(
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 5_000_000_000,
     options: Options = Options(),
+    ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """Convert a Megatron torch_dist folder, saved at any layout by anyone, to an HF safetensors folder.
@@ -165,37 +173,36 @@ def export_ckpt(
         hf_config: config.json (path or content) for a checkpoint that does not say how its model is configured.
         max_shard_size: bytes per weight file, where no `source` says how to split.
         options: dtype, overwriting, workers.
+        ignore_options: options of config.json that the family does not know and that do not matter.
         on_total: called once with the number of bytes to be written, before the first is.
 
     Raises:
         BridgeError: bad input (nothing was written) or a failed write (nothing looks finished).
     """
-    output = Path(hf_path)
-    check_free(output, overwrite=options.overwrite)
+    check_free(Path(hf_path), overwrite=options.overwrite)
+    output = real_path(Path(hf_path))
     check_apart(output, Path(megatron_path))
-    like = open_hf(source) if source is not None else None
-    config = like.config if like else _as_config(hf_config)
-    checkpoint = open_megatron(megatron_path, hf_config=config)
+    like = None
+    if source is not None:
+        check_apart(output, Path(source))
+        like = open_hf(source)
+    given = like.config if like else _as_config(hf_config)
+    checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
     plan = export_plan(checkpoint)
     wired = megatron_entries(plan, checkpoint)
     shapes = plan.hf_tensors
     dtypes = wired.hf_dtypes(options.dtype)
     layout = lay_out_like(like, plan, dtypes) if like else lay_out_files(shapes, dtypes, max_shard_size)
-    written_config = _written_config(checkpoint, like, layout, options.dtype)
-    carried = _assets(like) if like else _stored_assets(checkpoint)
+    config = like.config if like else checkpoint.hf_config or checkpoint.family.to_hf(checkpoint.fields)
+    carried = carried_files(like) if like else _stored_assets(checkpoint)
     base = like.path if like else checkpoint.path / ASSETS
     # Looks at the head of every item: a corrupt one is found before anything is written.
     jobs = share(export_jobs(plan, wired, layout, partial_path(output)), options.workers.rank, options.workers.size)
 
     def prepare(folder: Path) -> None:
         for file in layout.files:
-            descriptor = os.open(folder / file.name, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                os.ftruncate(descriptor, file.nbytes)
-                write_all(descriptor, file.header, 0)
-            finally:
-                os.close(descriptor)
-        _copy_files(base, carried, folder)
+            create_file(folder / file.name, file.nbytes, file.header)
+        copy_files(base, carried, folder)
 
     def fill(folder: Path, rank: int, size: int) -> Moved:
         return transfer(jobs, threads=options.threads, progress=options.progress)
@@ -203,18 +210,20 @@ def export_ckpt(
     def finish(folder: Path) -> None:
         if [file.name for file in layout.files] != [SINGLE]:
             (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-        (folder / CONFIG).write_text(json.dumps(written_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(
+            json.dumps(written_config(config, layout), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
     if on_total:
         on_total(layout.nbytes)
     moved = _run(output, layout.nbytes, options, prepare, fill, finish)
     return Report(
-        output=output,
+        output=Path(hf_path),
         family=plan.family.name,
         tensors=len(shapes),
         nbytes=layout.nbytes,
         moved=moved,
-        ignored=dict.fromkeys(checkpoint.dcp.tensors.keys() - checkpoint.weights().keys(), "no weight: training state"),
+        ignored=_left_out(checkpoint, plan),
         carried=tuple(str(file.relative_to(base)) for file in carried),
     )
 
@@ -251,11 +260,9 @@ def _as_config(value: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any
     return read_config(Path(value)) if isinstance(value, str | Path) else value
 
 
-def _written_config(
-    checkpoint: MegatronFolder, like: HfFolder | None, layout: HfLayout, dtype: str | None
-) -> dict[str, Any]:
-    """config.json of an export: the source's or the stored one if there is one, rebuilt from fields else."""
-    config = dict(like.config if like else checkpoint.hf_config or checkpoint.family.to_hf(checkpoint.fields))
+def written_config(config: Mapping[str, Any], layout: HfLayout) -> dict[str, Any]:
+    """config.json as it goes with the files written: the same, but for the dtype."""
+    config = dict(config)
     written = dtype_of(layout.main_dtype()).torch
     if "torch_dtype" in config:
         config["torch_dtype"] = written
@@ -264,15 +271,48 @@ def _written_config(
     return config
 
 
-def _assets(folder: HfFolder) -> list[Path]:
-    return [file for file in folder.other_files() if not file.name.endswith(_OTHER_WEIGHTS)]
+def _left_out(checkpoint: MegatronFolder, plan: Plan) -> dict[str, str]:
+    """What the checkpoint holds and the export does not, each with the reason."""
+    found = dict.fromkeys(checkpoint.dcp.tensors.keys() - checkpoint.weights().keys(), "no weight: training state")
+    for entry in plan.entries:
+        if entry.padding is not None:
+            rows = entry.padding.shape[0]
+            found[f"{entry.name}, last {rows} rows"] = f"padding beyond vocab_size={plan.fields['vocab_size']}"
+    return found
+
+
+def carried_files(folder: HfFolder) -> list[Path]:
+    """The files of an HF folder that go along with its weights: tokenizer, generation settings, notes."""
+    return [_inside(file, folder.path) for file in folder.other_files() if _goes_along(file)]
 
 
 def _stored_assets(checkpoint: MegatronFolder) -> list[Path]:
-    return sorted(file for file in (checkpoint.path / ASSETS).rglob("*") if file.is_file())
+    base = checkpoint.path / ASSETS
+    found = sorted(file for file in base.rglob("*") if file.is_file() and _goes_along(file))
+    return [_inside(file, base) for file in found if file.name != CONFIG]
 
 
-def _copy_files(base: Path, files: Sequence[Path], target: Path) -> None:
+def _goes_along(file: Path) -> bool:
+    return not file.name.endswith(_OTHER_WEIGHTS)
+
+
+def _inside(file: Path, base: Path) -> Path:
+    """`file`, unless it is a link out of its folder (but for the hub cache's, whose files all are links)."""
+    real, root = file.resolve(), base.resolve()
+    cache = root.parent.parent / "blobs"
+    if root not in real.parents and cache not in real.parents:
+        raise UnsafeCheckpointError(
+            "a file beside the weights is a link that leaves the folder",
+            where=file,
+            expected=f"files inside {base}",
+            got=real,
+            fix="replace the link by the file itself, or remove it",
+        )
+    return file
+
+
+def copy_files(base: Path, files: Sequence[Path], target: Path) -> None:
+    """Copy files to the same places below another folder."""
     for file in files:
         to = target / file.relative_to(base)
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
             fix="check the path; models are not downloaded",
         )
     config = read_json(path / CONFIG if path.is_dir() else path)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ConfigError(
             "quantised checkpoints are not converted",
             where=f"{path}: quantization_config",
@@ -164,8 +164,16 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             got=f"{weight_map!r:.80}",
             fix=_AGAIN,
         )
+    if odd := [name for name in weight_map.values() if not isinstance(name, str) or name in ("", ".") or "\0" in name]:
+        raise CheckpointError(
+            "the index names something that is no file",
+            where=folder / INDEX,
+            expected="file names",
+            got=repr(odd[0]),
+            fix="write the index again",
+        )
     for name in set(weight_map.values()):
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in str(name):
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in str(name):
             raise UnsafeCheckpointError(
                 "the index names a file outside of the checkpoint's folder",
                 where=folder / INDEX,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
-from math import prod
 from typing import NamedTuple
 
 from bridge_core.geometry import Box, Shape
@@ -119,12 +118,3 @@ def extra_state_keys(entries: tuple[Entry, ...], form: Form, *, num_layers: int)
 def stacked_shape(place: Place) -> Shape:
     """Shape of the checkpoint's tensor at a place."""
     return (*place.extents, *place.box.shape)
-
-
-def element_offset(place: Place) -> int:
-    """Elements before the instance in the stacked tensor."""
-    offset, step = 0, prod(place.box.shape)
-    for number, extent in zip(reversed(place.stack), reversed(place.extents), strict=True):
-        offset += number * step
-        step *= extent
-    return offset

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
 from bridge_core.checkpoint.keys import Form, places, stacked_shape
-from bridge_core.checkpoint.megatron_files import read_common
-from bridge_core.checkpoint.run_config import RUN_CONFIG, SECTION, fields_of_args, fields_of_run_config, read_run_config
-from bridge_core.errors import CheckpointError, ConfigError, CoverageError, preview
-from bridge_core.families import Family, Fields, family_for, family_named, recognise
+from bridge_core.checkpoint.model_config import model_of
+from bridge_core.errors import CheckpointError, CoverageError, preview
+from bridge_core.families import Family, Fields
 from bridge_core.plan import Entry
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -20,12 +19,6 @@ METADATA = ".metadata"
 
 # Keys of a training checkpoint that hold no weights; left alone by name, and reported.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
-
-_NEEDED = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("vocab_size", "share_embeddings_and_output_weights"),
-)
-_PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that the model came from"
 
 
 @dataclass(frozen=True)
@@ -93,12 +86,15 @@ def _latest(path: Path) -> int:
     return int(text)
 
 
-def open_megatron(path: str | Path, *, hf_config: Mapping[str, Any] | None = None) -> MegatronFolder:
+def open_megatron(
+    path: str | Path, *, hf_config: Mapping[str, Any] | None = None, ignore_options: Sequence[str] = ()
+) -> MegatronFolder:
     """Read the metadata and configuration of a torch_dist checkpoint.
 
     Args:
         path: a run's folder, or that of one iteration.
-        hf_config: config.json of the model, where the checkpoint does not say enough.
+        hf_config: config.json of the model, where the checkpoint does not say enough; must not contradict it.
+        ignore_options: options of `hf_config` that the family does not know and that do not matter.
 
     Raises:
         CheckpointError: the folder is incomplete or corrupt.
@@ -106,43 +102,8 @@ def open_megatron(path: str | Path, *, hf_config: Mapping[str, Any] | None = Non
     """
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
-    fields, family, stored = _configuration(folder, hf_config)
-    return MegatronFolder(folder, dcp, fields, family, dict(hf_config) if hf_config else stored)
-
-
-def _configuration(folder: Path, hf_config: Mapping[str, Any] | None) -> tuple[Fields, Family, dict[str, Any] | None]:
-    run_config = next((f / RUN_CONFIG for f in (folder, folder.parent) if (f / RUN_CONFIG).exists()), None)
-    if hf_config is not None:
-        family = family_for(hf_config)
-        return family.to_megatron(hf_config), family, None
-    section: Mapping[str, Any] = {}
-    if run_config is not None:
-        config = read_run_config(run_config)
-        section = config.get(SECTION) or {}
-        fields = fields_of_run_config(config, where=run_config)
-    else:
-        args = read_common(folder).get("args")
-        values = getattr(args, "state", args)
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                "the checkpoint does not say how its model is configured",
-                where=folder,
-                expected=f"{RUN_CONFIG}, or `args` in its common state",
-                got="neither",
-                fix=_PASS_HF,
-            )
-        fields = fields_of_args(values)
-    where = run_config or folder
-    if absent := [name for name in _NEEDED if fields.get(name) is None]:
-        raise ConfigError(
-            "the checkpoint's configuration lacks fields that a conversion needs",
-            where=where,
-            expected=preview(absent, limit=len(absent)),
-            got="nothing",
-            fix=_PASS_HF,
-        )
-    family = family_named(section["family"]) if section else recognise(fields)
-    return fields, family, section.get("hf_config")
+    model = model_of(folder, hf_config, ignore_options=ignore_options)
+    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config)
 
 
 def form_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, num_layers: int, where: Path) -> Form:

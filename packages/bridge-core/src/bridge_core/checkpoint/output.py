@@ -22,6 +22,24 @@ def partial_path(path: Path) -> Path:
     return path.parent / f".{path.name}.partial"
 
 
+def real_path(path: Path) -> Path:
+    """Where an output really goes, links followed: a rename would replace a link, not what it points to.
+
+    Raises:
+        OutputError: it is the root of a file system or the working directory, which nothing can be renamed to.
+    """
+    real = Path(os.path.realpath(path))
+    if os.path.ismount(real) or real == Path.cwd():
+        raise OutputError(
+            "the output cannot be a mount point or the working directory",
+            where=path,
+            expected="a folder that can be renamed",
+            got=real,
+            fix="choose a folder below it",
+        )
+    return real
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise unless `path` may become an output folder.
 
@@ -64,7 +82,7 @@ def check_space(path: Path, nbytes: int) -> None:
     Raises:
         OutputError: it has not; says how much is needed and how much there is.
     """
-    parent = path.absolute()
+    parent = path.absolute().parent  # the output is written beside its place
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
@@ -92,6 +110,7 @@ def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0) -> Iterator
             operating system. What was written so far is removed.
     """
     check_free(path, overwrite=overwrite)
+    path = real_path(path)
     check_space(path, nbytes)
     partial = partial_path(path)
     with _locked(partial, path):
@@ -123,7 +142,7 @@ def _publish(partial: Path, path: Path) -> None:
         else:
             path.rmdir()
     os.rename(partial, path)
-    _remove(old)
+    shutil.rmtree(old, ignore_errors=True)  # the output is finished, whatever becomes of the old one
 
 
 def _remove(path: Path) -> None:
@@ -133,23 +152,48 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _locked(partial: Path, path: Path) -> Iterator[None]:
-    partial.parent.mkdir(parents=True, exist_ok=True)
     lock = partial.with_suffix(".lock")
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                "another run is writing this output",
-                where=path,
-                expected="one run at a time",
-                got=f"{lock.name} is locked",
-                fix="wait for it, or choose another folder",
-            ) from None
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(
+            "the output's parent folder cannot be written",
+            where=partial.parent,
+            expected="a folder with permission to write",
+            got=error.strerror or error,
+            fix="choose another output folder",
+        ) from error
+    try:
+        _lock(descriptor, lock, path)
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, lock: Path, path: Path) -> None:
+    """Take the lock, and make sure that the file is still the one that others would open."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino
+    except BlockingIOError:
+        held = False
+    except OSError as error:
+        raise OutputError(
+            "the output's file system has no locks",
+            where=lock,
+            expected="a file system that supports flock",
+            got=error.strerror or error,
+            fix="mount it with locks, or write elsewhere and move the folder",
+        ) from error
+    if not held:
+        raise OutputError(
+            "another run is writing this output",
+            where=path,
+            expected="one run at a time",
+            got=f"{lock.name} is locked",
+            fix="wait for it, or choose another folder",
+        )

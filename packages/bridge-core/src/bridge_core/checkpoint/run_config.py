@@ -38,6 +38,8 @@ _ARGS = {
     "add_bias_linear": "add_bias_linear",
     "seq_length": "max_position_embeddings",
     "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
     "vocab_size": "vocab_size",
 }
 

@@ -75,7 +75,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str], bytes]:
         raise _corrupt(
             path, "a JSON header of dtypes, shapes and offsets", f"{type(error).__name__}: {error}"
         ) from None
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].offset))
+    # An empty tensor shares its offset with the next one, and comes first.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_tiling(path, ordered, header, start=8 + length, size=size)
     return ordered, metadata, prefix + text
 

@@ -45,7 +45,7 @@ def write_folder(
     """Prepare, fill and finish an output folder: the first and last by worker 0, the filling by all. Collective.
 
     Args:
-        output: the folder; gets its name when everything in it is done.
+        output: the folder (`real_path`); gets its name when everything in it is done.
         nbytes: room needed.
         workers: the processes that share the work; all must see the folder.
         prepare: makes the files, at their full size.
@@ -64,4 +64,4 @@ def write_folder(
         workers.together(open_and_prepare)
         workers.together(lambda: fill(partial, workers.rank, workers.size))
         workers.together(lambda: finish(partial) if workers.rank == 0 else None)
-    workers.together(lambda: None)
+        workers.together(stack.close)  # gives the folder its name, on worker 0

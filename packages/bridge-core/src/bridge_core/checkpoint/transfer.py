@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from functools import lru_cache, partial
 from math import prod
 from operator import itemgetter
+from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -287,8 +288,27 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
         buffer = np.zeros(box.numel, numpy_dtype(job.target.dtype))
         for source, piece in parts:
             view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
-            view[...] = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+            values = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+            with np.errstate(over="ignore"):
+                view[...] = values
+            if job.target.dtype == "F16" != source.dtype:
+                _check_range(view, values, source)
         yield (box.start[0] * prod(box.shape[1:]) if box.start else 0), buffer
+
+
+def _check_range(view: np.ndarray, values: np.ndarray, source: Stored) -> None:
+    """fp16 ends at 65504: a value beyond it would become infinite in silence."""
+    import numpy as np
+
+    lost = ~np.isfinite(view) & np.isfinite(values.astype(np.float32))
+    if lost.any():
+        raise CheckpointError(
+            "values do not fit into fp16",
+            where=f"{source.path}, tensor at byte {source.offset}",
+            expected="absolute values of at most 65504",
+            got=f"{int(lost.sum())} larger one(s), such as {float(values[lost].flat[0])}",
+            fix="convert to bf16 instead",
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -353,6 +373,17 @@ def copy_run(source: int, source_offset: int, target: int, target_offset: int, n
 
 # Different file systems, or one (or a kernel) that has no such copy.
 _NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+def create_file(path: Path, nbytes: int, head: bytes = b"") -> None:
+    """Make a file of its final size, sparse but for its first bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        write_all(descriptor, head, 0)
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:

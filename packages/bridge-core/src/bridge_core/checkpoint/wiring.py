@@ -25,7 +25,7 @@ from bridge_core.checkpoint.keys import Form, Place, alias_keys, extra_state_key
 from bridge_core.checkpoint.megatron_files import extra_state_object
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, form_of
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, write_all
+from bridge_core.checkpoint.transfer import Job, create_file, write_all
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
@@ -96,9 +96,9 @@ def create_files(folder: Path, layout: DcpLayout, names: Collection[str]) -> Non
     """Create files of a layout at their full size, with the objects that lie in them."""
     written: set[tuple[str, int]] = set()
     for name in names:
-        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
+        create_file(folder / name, layout.files[name])
+        descriptor = os.open(folder / name, os.O_WRONLY)
         try:
-            os.ftruncate(descriptor, layout.files[name])
             for key, place in layout.objects.items():
                 if place.file == name and (name, place.offset) not in written:
                     written.add((name, place.offset))
@@ -147,8 +147,17 @@ class Wired:
         found: dict[str, str] = {}
         for entry in self.plan.entries:
             for layer, expert in entry.instances():
-                key = next(places(entry, self.form, layer, expert, num_layers=num_layers)).key
-                dtype = cast_to(self.tensors[key].dtype, wanted)
+                keys = [place.key for place in places(entry, self.form, layer, expert, num_layers=num_layers)]
+                dtypes = {cast_to(self.tensors[key].dtype, wanted) for key in keys}
+                if len(dtypes) > 1:
+                    raise CheckpointError(
+                        "parts of one Megatron tensor differ in dtype",
+                        where=", ".join(keys),
+                        expected="one dtype",
+                        got=", ".join(sorted(dtypes)),
+                        fix="choose one with --dtype (dtype=...)",
+                    )
+                (dtype,) = dtypes
                 for tensor in entry.hf:
                     found[fill(tensor.name, layer, expert)] = dtype
         return found

@@ -60,7 +60,16 @@ def family_for(config: Config) -> Family:
     Raises:
         ConfigError: no architecture is named, or none that is known; says how to add one.
     """
-    named = [str(name) for name in config.get("architectures") or ()]
+    architectures = config.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ConfigError(
+            "config.json does not give its architectures as a list",
+            where="config.json: architectures",
+            expected="a list of one name",
+            got=repr(architectures),
+            fix="correct config.json",
+        )
+    named = [str(name) for name in architectures]
     for name in named:
         for family in _third_party():
             if name in family.architectures:

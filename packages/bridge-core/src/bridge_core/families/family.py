@@ -74,6 +74,11 @@ class Field:
         return self.default(config) if callable(self.default) else self.default
 
 
+_WHOLE = frozenset({
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "num_moe_experts", "moe_ffn_hidden_size",
+})  # fmt: skip
+
 Reading = Callable[[Config], Fields]
 Writing = Callable[[Fields], dict[str, Any]]
 
@@ -141,10 +146,27 @@ class Family:
                     fix=f"teach the {self.name} family to translate it",
                 )
         fields: Fields = dict(self.megatron)
-        for option in self.fields:
-            fields[option.megatron] = option.read(config)
-        for read in self.reads:
-            fields.update(read(config))
+        try:
+            for option in self.fields:
+                value = fields[option.megatron] = option.read(config)
+                if option.megatron in _WHOLE and (type(value) is not int or value < 1):
+                    raise ConfigError(
+                        "a size is not a positive whole number",
+                        where=f"config.json: {option.hf}",
+                        expected="an int >= 1",
+                        got=repr(value),
+                        fix="correct config.json",
+                    )
+            for read in self.reads:
+                fields.update(read(config))
+        except (TypeError, KeyError, ArithmeticError, AttributeError) as error:
+            raise ConfigError(
+                "an option of the configuration has a value of the wrong kind, or lacks a part",
+                where="config.json",
+                expected=f"what a {self.name} model's configuration holds",
+                got=f"{type(error).__name__}: {error}",
+                fix="compare config.json with that of a published model",
+            ) from error
         return fields
 
     def to_hf(self, fields: Fields) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.plan import Plan, Shard
+from bridge_core.plan.plan import OUTPUT
 from bridge_core.runtime.tensors import dtype_name
 from bridge_core.topology import ParallelLayout
 
@@ -43,12 +45,14 @@ class LiveModel:
         rank: this rank's number in the layout.
         shards: what this rank holds, in the plan's order.
         tensors: the parameter of each shard, by (chunk, parameter name of the plan).
+        excepted: names of parameters that the caller has excepted from the match; no shard is theirs.
     """
 
     plan: Plan
     rank: int
     shards: tuple[Shard, ...]
     tensors: Mapping[tuple[int, str], Tensor]
+    excepted: tuple[str, ...] = ()
 
     def tensor(self, shard: Shard) -> Tensor:
         """The live parameter of a shard."""
@@ -72,13 +76,21 @@ def _is_module_list(model: Any) -> bool:
     return isinstance(model, torch.nn.ModuleList)
 
 
-def open_live(model: Any, family: Family, fields: Fields, *, groups: ProcessGroupCollection | None = None) -> LiveModel:
+def open_live(
+    model: Any,
+    family: Family,
+    fields: Fields,
+    *,
+    groups: ProcessGroupCollection | None = None,
+    excepted: Collection[str] = (),
+) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.
 
     Args:
         model: a `GPTModel`, or the list of its chunks under virtual pipelining, wrapped or not.
         family, fields: of the HF model.
         groups: the model's process groups; by default those it was built with (`model.pg_collection`).
+        excepted: patterns (as in a shell) of parameter names that need not match: a changed head.
 
     Raises:
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
@@ -88,14 +100,65 @@ def open_live(model: Any, family: Family, fields: Fields, *, groups: ProcessGrou
     chunks = unwrap(model)
     layout, rank = layout_of(chunks, chunks[0].pg_collection if groups is None else groups)
     named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in chunk.named_parameters()}
-    padded = _padded_vocab(named, layout.tp)
-    dtypes = Counter(dtype_name(tensor) for tensor in named.values())
-    plan = Plan(family, fields, layout, padded_vocab=padded, dtype=dtypes.most_common(1)[0][0])
-    shards = tuple(plan.local_shards(rank))
+    left = {key for key in named if matches(key[1], excepted)}
+    named = {key: tensor for key, tensor in named.items() if key not in left}
+    padded = _padded_vocab(named, layout.tp, fields["vocab_size"])
+    plan = Plan(family, fields, layout, padded_vocab=padded)
+    shards = tuple(shard for shard in plan.local_shards(rank) if not matches(shard.param, excepted))
     wanted = {(shard.chunk, shard.param): shard for shard in shards}
     tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}
     _check(wanted, tensors, rank)
-    return LiveModel(plan, rank, shards, tensors)
+    return LiveModel(plan, rank, shards, tensors, tuple(name for _, name in sorted(left)))
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether a name fits one of the patterns, which are those of a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def agreed_dtype(live: LiveModel, wanted: str | None, group: Any) -> str:
+    """The dtype of HF tensors made from a live model: `wanted`, or that of all parameters. Collective over `group`.
+
+    Raises:
+        CoverageError: on every rank, if parameters differ in dtype and none is wanted. Nothing is cast unasked.
+    """
+    import torch.distributed as dist
+
+    if wanted is not None:
+        return dtype_of(wanted).name
+    held: list[Any] = [None] * group.size()
+    dist.all_gather_object(held, sorted({dtype_name(tensor) for tensor in live.tensors.values()}), group=group)
+    found = sorted({name for names in held for name in names})
+    if len(found) != 1:
+        raise CoverageError(
+            "the parameters differ in dtype",
+            expected="one dtype on all ranks, or `dtype` to say which to write",
+            got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(held)),
+            fix="pass dtype=...",
+        )
+    return found[0]
+
+
+def replica_of(live: LiveModel, shard: Shard) -> int:
+    """How many copies of a shard other ranks hold that come before this rank's; 0 for the first.
+
+    The last stage's copy of a tied embedding comes after all those of the first stage.
+    """
+    layout, coords = live.plan.layout, live.plan.layout.coords(live.rank)
+    entry = live.plan.entry(shard.entry)
+    if entry.is_expert:
+        number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
+    else:
+        number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
+        axis, size = coords.tp, layout.tp
+    if entry.split is None:
+        number, copies = number * size + axis, copies * size
+    return number + (copies if is_second_copy(shard) else 0)
+
+
+def is_second_copy(shard: Shard) -> bool:
+    """Whether it is the last stage's copy of a tied embedding."""
+    return shard.param == OUTPUT != shard.name
 
 
 def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[ParallelLayout, int]:
@@ -129,11 +192,14 @@ def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[Pa
     return layout, rank
 
 
-def _padded_vocab(named: Mapping[tuple[int, str], Tensor], tp: int) -> int | None:
-    """Rows of the whole embedding, where this rank holds a part of it or of the output layer."""
+def _padded_vocab(named: Mapping[tuple[int, str], Tensor], tp: int, vocab_size: int) -> int | None:
+    """Rows of the whole embedding, where this rank holds a part of it or of the output layer.
+
+    A table with fewer rows than tokens is no vocabulary; its shape is refused later, by its name.
+    """
     for (_, name), tensor in named.items():
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            return tensor.shape[0] * tp
+            return rows if (rows := tensor.shape[0] * tp) >= vocab_size else None
     return None
 
 

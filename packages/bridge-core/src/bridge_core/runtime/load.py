@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,34 @@ from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, OpenFiles, gather, together
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
+from bridge_core.geometry import Shape
+from bridge_core.patterns import fill as fill_name
 from bridge_core.plan import Shard
-from bridge_core.runtime.live import LiveModel, open_live
+from bridge_core.runtime.live import LiveModel, matches, open_live
+from bridge_core.runtime.node_load import NodeTally, fill_from_node
 from bridge_core.runtime.tensors import dtype_name, flat, from_numpy
 from bridge_core.runtime.workers import TorchWorkers
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What loading did on this rank: parameters filled, bytes read from HF tensors, tensors left out by name."""
+    """What loading did on this rank.
+
+    Attributes:
+        parameters: parameters filled.
+        bytes_read: bytes of HF tensors that this rank read.
+        ignored: HF tensors left out, by name.
+        left: parameters left as they were, because `allowed_mismatched` names them; on any rank.
+        broadcasts: broadcasts within the node, where only one of its ranks reads.
+    """
 
     parameters: int
     bytes_read: int
     ignored: tuple[str, ...]
+    left: tuple[str, ...] = ()
+    broadcasts: int = 0
 
 
 def load_hf_weights(
@@ -38,6 +52,10 @@ def load_hf_weights(
     groups: Any = None,
     group: Any = None,
     threads: int = 2,
+    allowed_mismatched: Collection[str] = (),
+    one_reader_per_node: bool = False,
+    node_group: Any = None,
+    bucket_bytes: int = 256 * 1024 * 1024,
 ) -> LoadReport:
     """Fill a live model from an HF folder. Collective over `group`.
 
@@ -51,6 +69,12 @@ def load_hf_weights(
         groups: process groups of the model; by default those it was built with.
         group: all ranks of the model; by default torch's default group.
         threads: parameters read at a time.
+        allowed_mismatched: patterns of parameter names, such as `"output_layer.weight"`, that may differ between
+            the model and the checkpoint or be absent from either: a changed head. They are left as they are,
+            all of them, also where they would fit; the report names them. One that no rank has is refused.
+        one_reader_per_node: only the first rank of `node_group` reads, and broadcasts to the others.
+        node_group: ranks of this node; wanted with `one_reader_per_node`, and not read otherwise.
+        bucket_bytes: bytes of a broadcast.
 
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
@@ -59,19 +83,77 @@ def load_hf_weights(
     opened: list[tuple[LiveModel, HfFolder, tuple[str, ...]]] = []
 
     def check() -> None:
-        live = open_live(model, family, fields, groups=groups)
+        if one_reader_per_node and node_group is None:
+            raise ConfigError(
+                "one reader per node was asked for, without saying which ranks are a node",
+                where="node_group",
+                expected="a process group of the ranks of this node",
+                got="None",
+            )
+        live = open_live(model, family, fields, groups=groups, excepted=allowed_mismatched)
         folder = open_hf(path)
-        opened.append((live, folder, live.plan.audit(folder.shapes).ignored))
+        opened.append((live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored))
 
     workers.together(check)
     live, folder, ignored = opened[0]
-    workers.together(lambda: _fill(live, folder, threads))
-    read = sum(
+    left = _left(live, allowed_mismatched, workers, group or default_group()) if allowed_mismatched else ()
+    done: list[NodeTally] = []
+
+    def fill() -> None:
+        if one_reader_per_node:
+            done.append(fill_from_node(live, folder, node_group, bucket_bytes))
+            return
+        _fill(live, folder, threads)
+        done.append(NodeTally(_own_bytes(live, folder), 0))
+
+    workers.together(fill)
+    return LoadReport(
+        parameters=len(live.shards),
+        bytes_read=done[0].bytes_read,
+        ignored=ignored,
+        left=left,
+        broadcasts=done[0].broadcasts,
+    )
+
+
+def _own_bytes(live: LiveModel, folder: HfFolder) -> int:
+    return sum(
         piece.numel * dtype_of(folder.tensors[piece.source.tensor].dtype).itemsize
         for shard in live.shards
         for piece in shard.pieces
     )
-    return LoadReport(parameters=len(live.shards), bytes_read=read, ignored=ignored)
+
+
+def _inventory(live: LiveModel, folder: HfFolder, allowed: Collection[str]) -> dict[str, Shape]:
+    """Shapes of the folder's tensors; those of excepted parameters are taken to be as the plan has them."""
+    if not allowed:
+        return folder.shapes
+    excepted = {
+        fill_name(tensor.name, *instance): tensor.shape
+        for entry in live.plan.entries
+        for tensor in entry.hf
+        for instance in entry.instances()
+        if matches(fill_name(entry.name, *instance), allowed)
+    }
+    return folder.shapes | excepted
+
+
+def _left(live: LiveModel, allowed: Collection[str], workers: TorchWorkers, group: Any) -> tuple[str, ...]:
+    """Names of the excepted parameters of all ranks, once each. Collective."""
+    import torch.distributed as dist
+
+    said: list[Any] = [()] * workers.size
+    dist.all_gather_object(said, live.excepted, group=group)
+    left = tuple(sorted({name for names in said for name in names}))
+    if unused := [pattern for pattern in allowed if not any(matches(name, [pattern]) for name in left)]:
+        raise CoverageError(
+            "a name that may differ is no parameter of the model on any rank",
+            where="allowed_mismatched",
+            expected="names of parameters, such as output_layer.weight",
+            got=", ".join(unused),
+            fix="correct the name, or leave it out",
+        )
+    return left
 
 
 def default_group() -> Any:
@@ -86,7 +168,9 @@ def _fill(live: LiveModel, folder: HfFolder, threads: int) -> None:
     with ExitStack() as stack:
         files = OpenFiles(stack)
         parts = [live.shards[number::threads] for number in range(threads)]
-        together([lambda part=part: _fill_some(live, part, folder, files, stop) for part in parts if part], stop)
+        tasks = [lambda part=part: _fill_some(live, part, folder, files, stop) for part in parts if part]
+        if tasks:  # a pipeline stage may hold nothing at all
+            together(tasks, stop)
 
 
 def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files: OpenFiles, stop: Event) -> None:

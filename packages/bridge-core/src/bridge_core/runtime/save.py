@@ -8,26 +8,25 @@ columns for rows first, within the tensor-parallel group.
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.checkpoint.convert import carried_files, copy_files, written_config
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
-from bridge_core.checkpoint.output import check_free
+from bridge_core.checkpoint.output import check_apart, check_free, real_path
 from bridge_core.checkpoint.together import write_folder
-from bridge_core.checkpoint.transfer import OpenFiles, write_all
+from bridge_core.checkpoint.transfer import OpenFiles, create_file, write_all
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import CoverageError
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
 from bridge_core.plan import Shard
 from bridge_core.plan.plan import OUTPUT
-from bridge_core.runtime.live import LiveModel, open_live, unwrap
+from bridge_core.runtime.live import LiveModel, agreed_dtype, open_live, unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import dtype_name, flat, torch_dtype
+from bridge_core.runtime.tensors import flat, torch_dtype
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def save_hf_pretrained(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: output folder.
         config: config.json; by default rebuilt from `fields`.
-        source: an HF folder whose split into files is used.
+        source: an HF folder whose split into files is used, and whose other files are carried along.
         dtype: dtype of floating-point tensors in the files; by default that of the parameters.
         max_shard_size: bytes per file, where no `source` says how to split.
         overwrite: replace a folder that holds something.
@@ -82,40 +81,33 @@ def save_hf_pretrained(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    import torch.distributed as dist
-
     group = group or default_group()
     workers = TorchWorkers(group)
-    output = Path(path)
-    prepared: list[tuple[LiveModel, HfLayout]] = []
+    output = real_path(Path(path))
+    prepared: list[tuple[LiveModel, HfFolder | None]] = []
 
     def check() -> None:
         check_free(output, overwrite=overwrite)
-        like = open_hf(source) if source is not None else None
-        live = open_live(model, family, fields, groups=groups)
-        prepared.append((live, _lay_out(live, like, dtype, max_shard_size)))
+        like = None
+        if source is not None:
+            check_apart(output, Path(source))
+            like = open_hf(source)
+        prepared.append((open_live(model, family, fields, groups=groups), like))
 
     workers.together(check)
-    live, layout = prepared[0]
-    layouts: list[Any] = [None] * workers.size
-    dist.all_gather_object(layouts, layout.main_dtype(), group=group)
-    if len(set(layouts)) > 1:
-        raise CoverageError(
-            "ranks hold parameters of different dtypes",
-            expected="one dtype, or `dtype` to say which to write",
-            got=", ".join(f"rank {rank}: {name}" for rank, name in enumerate(layouts)),
-        )
+    live, like = prepared[0]
+    name = agreed_dtype(live, dtype, group)
+    laid: list[HfLayout] = []
+    workers.together(lambda: laid.append(_lay_out(live, like, name, max_shard_size)))
+    layout = laid[0]
     tp_groups = groups or unwrap(model)[0].pg_collection
     tally = _Tally()
 
     def prepare(folder: Path) -> None:
         for file in layout.files:
-            descriptor = os.open(folder / file.name, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                os.ftruncate(descriptor, file.nbytes)
-                write_all(descriptor, file.header, 0)
-            finally:
-                os.close(descriptor)
+            create_file(folder / file.name, file.nbytes, file.header)
+        if like is not None:
+            copy_files(like.path, carried_files(like), folder)
 
     def fill(folder: Path, rank: int, size: int) -> None:
         _Writer(live, layout, folder, tp_groups, tally).run()
@@ -123,7 +115,7 @@ def save_hf_pretrained(
     def finish(folder: Path) -> None:
         if [file.name for file in layout.files] != [SINGLE]:
             (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-        written = (config or family.to_hf(fields)) | {"dtype": dtype_of(layout.main_dtype()).torch}
+        written = written_config(config or family.to_hf(fields), layout)
         (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     write_folder(output, layout.nbytes, workers, prepare, fill, finish, overwrite=overwrite)
@@ -132,17 +124,8 @@ def save_hf_pretrained(
     )
 
 
-def _lay_out(live: LiveModel, like: HfFolder | None, dtype: str | None, max_shard_size: int) -> HfLayout:
-    held = {dtype_name(tensor) for tensor in live.tensors.values()}
-    if dtype is None and len(held) != 1:
-        raise CoverageError(
-            "the parameters differ in dtype",
-            where=f"rank {live.rank}",
-            expected="one dtype, or `dtype` to say which to write",
-            got=", ".join(sorted(held)),
-        )
-    name = dtype_of(dtype).name if dtype else held.pop()
-    dtypes = dict.fromkeys(live.plan.hf_tensors, name)
+def _lay_out(live: LiveModel, like: HfFolder | None, dtype: str, max_shard_size: int) -> HfLayout:
+    dtypes = dict.fromkeys(live.plan.hf_tensors, dtype)
     if like is not None:
         return lay_out_like(like, live.plan, dtypes)
     return lay_out_files(live.plan.hf_tensors, dtypes, max_shard_size)
@@ -156,10 +139,11 @@ class _Writer:
         self._groups = groups
         self._tally = tally
         self._places = {
-            name: (str(folder / file.name), offset, dtype)
+            name: (str(folder / file.name), offset)
             for file in layout.files
-            for name, (offset, dtype, _) in file.tensors.items()
+            for name, (offset, _, _) in file.tensors.items()
         }
+        self._dtype = layout.main_dtype()
         self._failure: Exception | None = None
 
     def run(self) -> None:
@@ -209,11 +193,12 @@ class _Writer:
     def _write(self, tensor: Tensor, pieces: Any) -> None:
         import torch
 
+        dtype = self._dtype
+        data = tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
+        itemsize = dtype_of(dtype).itemsize
         for piece in pieces:
             back: Piece = piece.inverse()
-            path, offset, dtype = self._places[back.target.tensor]
-            data = tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
-            itemsize = dtype_of(dtype).itemsize
+            path, offset = self._places[back.target.tensor]
             descriptor = self._files.descriptor(path, write=True)
             for at_source, at_target, length in runs(back):
                 part = data[at_source * itemsize : (at_source + length) * itemsize]

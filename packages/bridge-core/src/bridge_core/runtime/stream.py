@@ -17,10 +17,9 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import BridgeError, CoverageError
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta
-from bridge_core.plan.plan import OUTPUT
-from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.live import LiveModel, agreed_dtype, replica_of
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import flat, torch_dtype, window
+from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +29,12 @@ _ALIGN = 16  # bytes; every tensor in a bucket starts at a multiple, so that it 
 
 @dataclass
 class Stream:
-    """A model's export, planned once and run as often as weights change.
+    """A model's export, planned once and run as often as weights change. Making one is collective over `group`.
 
     Args:
         live: the model, matched against its plan.
         group: all ranks of the model; by default torch's default group.
-        dtype: dtype of floating-point tensors in the stream; by default `plan.dtype`.
+        dtype: dtype of the tensors in the stream; by default that of the parameters, which must then be one.
         bucket_bytes: bytes of a bucket. A group of tensors that must travel together is never split, and
             makes a larger bucket if it has to.
         names: patterns (as in a shell) of the HF names wanted; their whole groups travel.
@@ -54,6 +53,8 @@ class Stream:
     def __post_init__(self) -> None:
         self.group = self.group or default_group()
         self._told = False
+        first = next(iter(self.live.tensors.values()), None)
+        self._device = default_device() if first is None else first.device
         self._metadata = self._wanted()
         self._buckets = self._fill_buckets()
         self._owned = self._owned_pieces()
@@ -84,9 +85,8 @@ class Stream:
                 self._agree(failed=left)
 
     def _wanted(self) -> list[TensorMeta]:
-        everything = self.live.plan.metadata()
-        if self.dtype is not None:
-            everything = [_in_dtype(meta, dtype_of(self.dtype).name) for meta in everything]
+        dtype = agreed_dtype(self.live, self.dtype, self.group)
+        everything = [_in_dtype(meta, dtype) for meta in self.live.plan.metadata()]
         chosen = {m.group for m in everything if any(fnmatchcase(m.name, pattern) for pattern in self.names)}
         if not chosen:
             raise CoverageError("no tensor of the model has such a name", where=", ".join(self.names))
@@ -112,15 +112,9 @@ class Stream:
 
     def _owned_pieces(self) -> dict[str, list[tuple[Shard, Piece]]]:
         """HF name -> this rank's own pieces of it: those of the first of all replicas."""
-        layout = self.live.plan.layout
-        coords = layout.coords(self.live.rank)
         owned: dict[str, list[tuple[Shard, Piece]]] = {}
         for shard in self.live.shards:
-            entry = self.live.plan.entry(shard.entry)
-            replica = coords.expert_dp if entry.is_expert else coords.dp + coords.cp
-            if entry.split is None:
-                replica += coords.etp if entry.is_expert else coords.tp
-            if replica or shard.param == OUTPUT != shard.name:
+            if replica_of(self.live, shard):
                 continue
             for piece in shard.pieces:
                 owned.setdefault(piece.source.tensor, []).append((shard, piece.inverse()))
@@ -132,7 +126,7 @@ class Stream:
 
         last, end = bucket[-1]
         size = -(-(end + last.nbytes) // _ALIGN) * _ALIGN
-        data = torch.zeros(size, dtype=torch.uint8, device=next(iter(self.live.tensors.values())).device)
+        data = torch.zeros(size, dtype=torch.uint8, device=self._device)
         tensors = [(m.name, data[at : at + m.nbytes].view(torch_dtype(m.dtype))) for m, at in bucket]
         failure: Exception | None = None
         try:
@@ -152,8 +146,7 @@ class Stream:
         import torch
         import torch.distributed as dist
 
-        device = next(iter(self.live.tensors.values())).device
-        flag = torch.tensor([self.live.rank + 1 if failed else 0], device=device)
+        flag = torch.tensor([self.live.rank + 1 if failed else 0], device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         self.collectives += 1
         self._told = bool(flag.item())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.dtypes import dtype_of, numpy_dtype
+from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Shape, View
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def from_numpy(array: np.ndarray, dtype: str) -> Tensor:
     return torch.from_numpy(array.view(np.uint8)).view(torch_dtype(dtype))
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A flat array that shares the memory of a contiguous CPU tensor."""
+def default_device() -> Any:
+    """Where this rank's parameters would be: its GPU if it has one, else the CPU."""
     import torch
 
-    return flat(tensor).view(torch.uint8).numpy().view(numpy_dtype(dtype_name(tensor)))
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

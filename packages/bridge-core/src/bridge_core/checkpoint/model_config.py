@@ -1,0 +1,190 @@
+"""Which model a Megatron checkpoint holds: from what lies beside it, from a given config.json, or both.
+
+Where both speak they must agree: tensors of equal shape can mean different things (8 heads of 3 or 4 of 6),
+so a configuration that contradicts the checkpoint would export wrong weights without a wrong shape anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge_core.checkpoint.megatron_files import read_common
+from bridge_core.checkpoint.run_config import RUN_CONFIG, SECTION, fields_of_args, fields_of_run_config, read_run_config
+from bridge_core.errors import ConfigError, preview
+from bridge_core.families import Family, Fields, family_for, family_named, recognise
+
+_NEEDED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("vocab_size", "share_embeddings_and_output_weights"),
+)
+# What decides where weights lie. Training options may differ; so may the rotary base, which holds no weights.
+_GEOMETRY = (
+    *(name for name in _NEEDED if name != "vocab_size"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "add_qkv_bias", "qk_layernorm"),
+)
+# Constants of a family that say how a model is trained, not what it computes.
+_TRAINING = frozenset({
+    "hidden_dropout", "attention_dropout", "moe_grouped_gemm", "moe_router_load_balancing_type", "moe_router_dtype",
+})  # fmt: skip
+# Fields of TransformerConfig that change what weights mean, and that no family of this package translates yet.
+_DEFAULTS: Mapping[str, Any] = {
+    "layernorm_zero_centered_gamma": False,
+    "multi_latent_attention": False,
+    "rotary_interleaved": False,
+    "window_size": None,
+    "mtp_num_layers": None,
+    "moe_shared_expert_intermediate_size": None,
+}
+_PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that the model came from"
+
+
+class ModelConfig(NamedTuple):
+    """The model of a checkpoint: its Megatron fields, its family, and its config.json where one is known."""
+
+    fields: Fields
+    family: Family
+    hf_config: dict[str, Any] | None
+
+
+class _Said(NamedTuple):
+    """What a checkpoint says of itself; `section` is this package's own record, empty for others' checkpoints."""
+
+    fields: Fields
+    section: Mapping[str, Any]
+    where: Path
+
+
+def model_of(folder: Path, hf_config: Mapping[str, Any] | None, *, ignore_options: Sequence[str] = ()) -> ModelConfig:
+    """The model of the checkpoint in `folder`.
+
+    Args:
+        folder: the folder of one iteration.
+        hf_config: a config.json to go by, which may say more than the checkpoint but must not contradict it.
+        ignore_options: options of `hf_config` to leave out of account although the family does not know them.
+
+    Raises:
+        ConfigError: the configuration is missing, incomplete, contradictory, or of no known family.
+    """
+    said = _said_by(folder, must=hf_config is None)
+    if said is not None and said.section:
+        model = _from_section(said)
+        if hf_config is not None:
+            family = family_for(hf_config)
+            given = family.to_megatron(hf_config, ignore=tuple(hf_config))
+            _compare(model.fields, model.family, given, family, where=said.where, names=(*_GEOMETRY, "vocab_size"))
+            model = model._replace(hf_config=dict(hf_config))
+        return model
+    if hf_config is not None:
+        family = family_for(hf_config)
+        given = family.to_megatron(hf_config, ignore=ignore_options)
+        if said is not None:
+            _check_meaning(family, said.fields, said.where)
+            _compare(said.fields, None, given, family, where=said.where, names=_GEOMETRY)
+            _check_vocabulary(said, given)
+        return ModelConfig(given, family, dict(hf_config))
+    assert said is not None
+    _check_complete(said)
+    family = recognise(said.fields)
+    _check_meaning(family, said.fields, said.where)
+    return ModelConfig(said.fields, family, None)
+
+
+def _from_section(said: _Said) -> ModelConfig:
+    try:
+        family = family_named(said.section["family"])
+        stored = said.section.get("hf_config")
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            "this package's section of the run configuration is damaged",
+            where=said.where,
+            expected="family, megatron, hf_config",
+            got=f"{type(error).__name__}: {error}",
+            fix=f"remove the section {SECTION!r}, and {_PASS_HF}",
+        ) from None
+    _check_complete(said)
+    return ModelConfig(said.fields, family, dict(stored) if stored else None)
+
+
+def _said_by(folder: Path, *, must: bool) -> _Said | None:
+    """What lies beside the weights; None if nothing does, or nothing that can be read and `must` is not set."""
+    run_config = next((f / RUN_CONFIG for f in (folder, folder.parent) if (f / RUN_CONFIG).exists()), None)
+    try:
+        if run_config is not None:
+            config = read_run_config(run_config)
+            return _Said(fields_of_run_config(config, where=run_config), config.get(SECTION) or {}, run_config)
+        args = read_common(folder).get("args")
+        values = getattr(args, "state", args)
+        if isinstance(values, Mapping):
+            return _Said(fields_of_args(values), {}, folder)
+    except ConfigError:
+        if must:
+            raise
+        return None
+    if must:
+        raise ConfigError(
+            "the checkpoint does not say how its model is configured",
+            where=folder,
+            expected=f"{RUN_CONFIG}, or `args` in its common state",
+            got="neither",
+            fix=_PASS_HF,
+        )
+    return None
+
+
+def _check_complete(said: _Said) -> None:
+    if absent := [name for name in _NEEDED if said.fields.get(name) is None]:
+        raise ConfigError(
+            "the checkpoint's configuration lacks fields that a conversion needs",
+            where=said.where,
+            expected=preview(absent, limit=len(absent)),
+            got="nothing",
+            fix=_PASS_HF,
+        )
+
+
+def _compare(
+    ours: Fields, family: Family | None, given: Fields, other: Family, *, where: Path, names: Sequence[str]
+) -> None:
+    """The checkpoint's own configuration against a given one, wherever both say something."""
+    wrong = [n for n in names if ours.get(n) is not None and (ours[n] or None) != (given.get(n) or None)]
+    if family is not None and family.name != other.name:
+        wrong.insert(0, "family")
+        ours, given = ours | {"family": family.name}, given | {"family": other.name}
+    if wrong:
+        raise ConfigError(
+            "the configuration that was given contradicts the checkpoint",
+            where=f"{where}: {preview(wrong)}",
+            expected=preview(f"{name}={ours[name]!r}" for name in wrong),
+            got=preview(f"{name}={given.get(name)!r}" for name in wrong),
+            fix="give the HF folder or config.json of this very model",
+        )
+
+
+def _check_vocabulary(said: _Said, given: Fields) -> None:
+    """A smaller vocabulary than the checkpoint says would drop rows that were trained."""
+    stored = said.fields.get("vocab_size")
+    if stored is not None and given["vocab_size"] < stored:
+        raise ConfigError(
+            "the configuration that was given has fewer tokens than the checkpoint",
+            where=f"{said.where}: vocab_size",
+            expected=f"at least {stored}",
+            got=given["vocab_size"],
+            fix="give the HF folder or config.json of this very model",
+        )
+
+
+def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
+    """Fields that change what weights mean have the values that the family stands for."""
+    expected = {k: v for k, v in family.megatron.items() if k not in _TRAINING}
+    expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected}
+    wrong = {k: v for k, v in expected.items() if fields.get(k) is not None and fields[k] != v and (fields[k] or v)}
+    if wrong:
+        raise ConfigError(
+            f"the checkpoint's model computes something else than a {family.name} model",
+            where=f"{where}: {preview(wrong)}",
+            expected=preview(f"{name}={value!r}" for name, value in wrong.items()),
+            got=preview(f"{name}={fields[name]!r}" for name in wrong),
+            fix="such a model needs a family of its own (docs: 'Add a model family')",
+        )

@@ -1,0 +1,252 @@
+"""Megatron checkpoints from and to live models, through megatron-core's own `dist_checkpointing`.
+
+What is written is what Megatron-LM writes for weights: an `iter_XXXXXXX` folder with the chunks of virtual
+pipelining as `model0`, `model1`; beside the weights lies run_config.yaml. It loads at any layout, here and there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.checkpoint.convert import export_plan
+from bridge_core.checkpoint.dcp import read_dcp
+from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, find_iteration
+from bridge_core.checkpoint.output import check_free
+from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
+from bridge_core.checkpoint.together import write_folder
+from bridge_core.checkpoint.wiring import megatron_entries
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import CheckpointError, LayoutError
+from bridge_core.families import Family, Fields
+from bridge_core.runtime.live import LiveModel, open_live, unwrap
+from bridge_core.runtime.load import default_group
+from bridge_core.runtime.tensors import dtype_name
+from bridge_core.runtime.workers import TorchWorkers
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronReport:
+    """What a save or a load did: folder of the iteration, its number, parameters of this rank."""
+
+    folder: Path
+    iteration: int
+    parameters: int
+
+
+def save_megatron_model(
+    model: Any,
+    path: str | Path,
+    family: Family,
+    fields: Fields,
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+    iteration: int = 0,
+    overwrite: bool = False,
+    groups: ProcessGroupCollection | None = None,
+    group: Any = None,
+) -> MegatronReport:
+    """Write the weights of a live model as a Megatron torch_dist checkpoint. Collective over `group`.
+
+    The iteration's folder gets its name when everything in it is written, and only then becomes the latest
+    one of the run; a save that fails or is killed leaves nothing that looks finished.
+
+    Args:
+        model: chunks of this rank, wrapped or not, on CPU or GPU.
+        path: folder of the run, which all ranks must see; other iterations in it are left alone.
+        family, fields: of the HF model.
+        hf_config: config.json of the model, kept in run_config.yaml for later exports.
+        iteration: number of the iteration.
+        overwrite: replace an iteration that is there already.
+        groups: process groups of the model; by default those it was built with.
+        group: all ranks of the model; by default torch's default group, and never fewer ranks than that:
+            megatron-core saves over the default group.
+
+    Raises:
+        BridgeError: on every rank, with the message of the first one that failed.
+    """
+    workers = TorchWorkers(group or default_group())
+    run = Path(path)
+    output = run / f"iter_{iteration:07d}"
+    opened: list[LiveModel] = []
+
+    def check() -> None:
+        _check_world(workers)
+        check_free(output, overwrite=overwrite)
+        opened.append(open_live(model, family, fields, groups=groups))
+
+    workers.together(check)
+    live = opened[0]
+    dtype = _main_dtype(live)
+    nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
+
+    def fill(folder: Path, rank: int, size: int) -> None:
+        from megatron.core import dist_checkpointing
+
+        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
+        _in_our_words(lambda: dist_checkpointing.save(state, str(folder)), where=output)
+
+    def finish(folder: Path) -> None:
+        text = write_run_config(fields, family, hf_config, dtype)
+        (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
+
+    write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
+    workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
+    return MegatronReport(folder=output, iteration=iteration, parameters=len(live.shards))
+
+
+def load_megatron_model(
+    model: Any,
+    path: str | Path,
+    family: Family,
+    fields: Fields,
+    *,
+    groups: ProcessGroupCollection | None = None,
+    group: Any = None,
+) -> MegatronReport:
+    """Fill a live model from a Megatron torch_dist checkpoint, saved at any layout. Collective over `group`.
+
+    The checkpoint's tensors are compared with the model's before a byte is copied; then megatron-core loads,
+    at its default strictness. Optimizer and random state in the checkpoint are left where they are.
+
+    Args:
+        model: chunks of this rank, wrapped or not, on CPU or GPU.
+        path: folder of a run, whose latest iteration is taken, or of one iteration; all ranks must see it.
+        family, fields: of the HF model.
+        groups, group: as for `save_megatron_model`.
+
+    Raises:
+        BridgeError: on every rank, with the message of the first one that failed.
+    """
+    workers = TorchWorkers(group or default_group())
+    opened: list[tuple[LiveModel, Path]] = []
+
+    def check() -> None:
+        _check_world(workers)
+        live = open_live(model, family, fields, groups=groups)
+        folder = find_iteration(Path(path))
+        checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
+        megatron_entries(export_plan(checkpoint), checkpoint)
+        opened.append((live, folder))
+
+    workers.together(check)
+    live, folder = opened[0]
+    found: dict[str, Any] = {}
+
+    def fill() -> None:
+        from megatron.core import dist_checkpointing
+
+        state = sharded_state(model, groups)
+        loaded: Any = _in_our_words(lambda: dist_checkpointing.load(state, str(folder)), where=folder)
+        for name, chunk in _named_chunks(model).items():
+            chunk.load_state_dict(loaded[name], strict=True)
+        found.update({"iteration": loaded.get("iteration")})
+
+    workers.together(fill)
+    return MegatronReport(folder=folder, iteration=int(found["iteration"] or 0), parameters=len(live.shards))
+
+
+def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> dict[str, Any]:
+    """mcore's sharded state of a model's chunks, under Megatron-LM's names. Reads no global `parallel_state`.
+
+    Args:
+        model: chunks of this rank, wrapped or not.
+        groups: process groups of the model; by default those it was built with.
+
+    Returns:
+        `{"model": state}` of a single chunk, `{"model0": ..., "model1": ...}` of several.
+    """
+    chunks = _named_chunks(model)
+    used = groups or next(iter(chunks.values())).pg_collection
+    state = {}
+    for name, chunk in chunks.items():
+        with _tied_by(chunk, used):
+            state[name] = chunk.sharded_state_dict(metadata={"dp_cp_group": used.dp_cp})
+    return state
+
+
+def _main_dtype(live: LiveModel) -> str:
+    """The dtype of most of this rank's parameters, by its safetensors name; router biases may be wider."""
+    held = Counter(dtype_name(tensor) for tensor in live.tensors.values())
+    return held.most_common(1)[0][0] if held else live.plan.dtype
+
+
+def _named_chunks(model: Any) -> dict[str, Any]:
+    chunks = unwrap(model)
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{n}": chunk for n, chunk in enumerate(chunks)}
+
+
+@contextmanager
+def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
+    """Let the last stage's copy of a tied embedding be described by `groups` instead of global state.
+
+    mcore asks `parallel_state.get_data_parallel_rank` for it, in every version so far (0.16.1 and 0.19.2,
+    models/common/language_module/language_module.py, `tie_embeddings_and_output_weights_state_dict`). The
+    method is shadowed on this one instance, for the time of the call.
+    """
+    own_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
+    if not own_copy or getattr(chunk, "mtp_process", False):
+        yield
+        return
+    from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+    def tie(state: dict[str, Any], output_key: str, embedding_key: str, *rest: Any, **options: Any) -> None:
+        # Stage 1 of the replica number: a copy of what the first stage saves, and never the one that is written.
+        state[output_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=chunk.shared_embedding_or_output_weight(),
+            key=embedding_key,
+            replica_id=(1, 0, groups.dp_cp.rank()),
+            allow_shape_mismatch=True,
+            tp_group=groups.tp,
+            dp_cp_group=groups.dp_cp,
+        )
+
+    with ExitStack() as stack:
+        chunk.tie_embeddings_and_output_weights_state_dict = tie
+        stack.callback(delattr, chunk, "tie_embeddings_and_output_weights_state_dict")
+        yield
+
+
+def _in_our_words(step: Callable[[], Any], *, where: Path) -> Any:
+    """Run a step of megatron-core's; its own errors become a CheckpointError."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        return step()
+    except CheckpointingException as error:
+        raise CheckpointError(
+            "megatron-core refuses the checkpoint",
+            where=where,
+            got=str(error).strip(),
+            fix="check that the checkpoint and the model belong together",
+        ) from error
+
+
+def _check_world(workers: TorchWorkers) -> None:
+    """mcore's `dist_checkpointing.save` knows the default group only; a smaller one would wait for ever."""
+    import torch.distributed as dist
+
+    if workers.size != dist.get_world_size():
+        raise LayoutError(
+            "megatron-core saves and loads checkpoints over all ranks of the default group",
+            where="group",
+            expected=f"all {dist.get_world_size()} ranks",
+            got=f"{workers.size} ranks",
+            fix="use save_hf_pretrained for a model on some of the ranks",
+        )
+
+
+def _make_latest(run: Path, iteration: int) -> None:
+    """Say which iteration is the latest, by a file that is either the old or the new one."""
+    aside = run / f".{LATEST}.partial"
+    aside.write_text(str(iteration), encoding="utf-8")
+    os.replace(aside, run / LATEST)

@@ -1,0 +1,133 @@
+"""One reader per node: it reads each tensor that a rank of the node needs once, and the others hear it.
+
+For shared filesystems that are slower than the links within a node. Tensors travel in buckets, one broadcast
+per bucket; every rank copies its own pieces out of the bucket.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bridge_core.checkpoint.hf_folder import HfFolder
+from bridge_core.checkpoint.transfer import OpenFiles
+from bridge_core.errors import BridgeError
+from bridge_core.geometry import Piece
+from bridge_core.plan import Shard
+from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.tensors import default_device, flat, from_numpy, torch_dtype, window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ALIGN = 16  # bytes; every tensor in a bucket starts at a multiple, so that it can be viewed in its dtype
+
+
+class NodeTally(NamedTuple):
+    """Bytes that this rank read from files, and broadcasts that it took part in."""
+
+    bytes_read: int
+    broadcasts: int
+
+
+def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_bytes: int) -> NodeTally:
+    """Fill the parameters of `live`; rank 0 of `node_group` reads. Collective over `node_group`.
+
+    A rank that fails keeps taking part in the broadcasts, and raises after the last one.
+
+    Args:
+        live: the model, on CPU or GPU; `node_group` must be able to broadcast there.
+        folder: the HF folder; only the reader's is read.
+        node_group: ranks of this node.
+        bucket_bytes: bytes of a bucket; a larger tensor makes a larger bucket.
+    """
+    import torch
+    import torch.distributed as dist
+
+    mine: dict[str, list[tuple[Shard, Piece]]] = {}
+    for shard in live.shards:
+        for piece in shard.pieces:
+            mine.setdefault(piece.source.tensor, []).append((shard, piece))
+    wanted: list[Any] = [None] * node_group.size()
+    dist.all_gather_object(wanted, list(mine), group=node_group)
+    needed = set().union(*wanted)
+    first = next(iter(live.tensors.values()), None)
+    device = default_device() if first is None else first.device
+    reader = node_group.rank() == 0
+    failure: Exception | None = None
+    read = broadcasts = 0
+    _clear_padding(live)
+    with ExitStack() as stack:
+        files = OpenFiles(stack)
+        for bucket in _buckets(live, folder, needed, bucket_bytes):
+            last, end = bucket[-1]
+            # The last byte says whether the reader failed, so that nobody copies what was not read.
+            data = torch.zeros(end + folder.tensors[last].nbytes + 1, dtype=torch.uint8, device=device)
+            if reader and failure is None:
+                failure = _guarded(_read, bucket, folder, files, data)
+                read += sum(folder.tensors[name].nbytes for name, _ in bucket)
+            if failure is not None and reader:
+                data[-1] = 1
+            dist.broadcast(data, group=node_group, group_src=0)
+            broadcasts += 1
+            if data[-1] and failure is None:
+                failure = BridgeError("the reader of this node failed", fix="look at that rank's own error")
+            failure = failure or _guarded(_copy, bucket, folder, live, mine, data)
+    if failure is not None:
+        raise failure
+    return NodeTally(read, broadcasts)
+
+
+def _guarded(step: Any, *arguments: Any) -> Exception | None:
+    try:
+        step(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _buckets(live: LiveModel, folder: HfFolder, needed: set[str], bucket_bytes: int) -> list[list[tuple[str, int]]]:
+    """Tensors with their byte offsets, bucket by bucket, in the plan's order; the same on all ranks of a node."""
+    buckets: list[list[tuple[str, int]]] = []
+    end = bucket_bytes + 1
+    for name in live.plan.hf_tensors:
+        if name not in needed:
+            continue
+        size = -(-folder.tensors[name].nbytes // _ALIGN) * _ALIGN
+        if end + size > bucket_bytes:
+            buckets.append([])
+            end = 0
+        buckets[-1].append((name, end))
+        end += size
+    return buckets
+
+
+def _clear_padding(live: LiveModel) -> None:
+    for shard in live.shards:
+        for box in shard.pad:
+            region = tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))
+            live.tensor(shard).detach()[region] = 0
+
+
+def _read(bucket: list[tuple[str, int]], folder: HfFolder, files: OpenFiles, data: Tensor) -> None:
+    for name, at in bucket:
+        stored = folder.tensors[name]
+        _part(data, at, stored).copy_(from_numpy(files.array(stored).copy(), stored.dtype))
+
+
+def _copy(
+    bucket: list[tuple[str, int]],
+    folder: HfFolder,
+    live: LiveModel,
+    mine: dict[str, list[tuple[Shard, Piece]]],
+    data: Tensor,
+) -> None:
+    for name, at in bucket:
+        source = _part(data, at, folder.tensors[name])
+        for shard, piece in mine.get(name, ()):
+            target = window(flat(live.tensor(shard)), piece.shape, piece.target)
+            target.copy_(window(source, piece.shape, piece.source))
+
+
+def _part(data: Tensor, at: int, stored: Any) -> Tensor:
+    return data[at : at + stored.nbytes].view(torch_dtype(stored.dtype))

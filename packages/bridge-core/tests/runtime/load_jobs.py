@@ -1,0 +1,75 @@
+"""Jobs for the pool: options of loading HF weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _build(bridge, layout: dict[str, Any]):
+    from bridge_core.testing.mcore_jobs import build
+
+    _, pg, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    return pg, chunks
+
+
+def one_reader(path: str, layout: dict[str, Any], node: int, *, broken: bool = False):
+    """Load with a reader per `node` ranks and without: equal parameters; the report, or the error's text."""
+    import torch
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime import node_load
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    size = dist.get_world_size()
+    nodes = [dist.new_group(list(range(start, start + node))) for start in range(0, size, node)]
+    original = node_load._read
+    with host_backend():
+        (_, chunks), (_, others) = _build(bridge, layout), _build(bridge, layout)
+        if broken and dist.get_rank() == 0:
+            node_load._read = _no_memory
+        try:
+            report = bridge.load_hf_weights(
+                chunks, one_reader_per_node=True, node_group=nodes[dist.get_rank() // node], bucket_bytes=60_000
+            )
+        except (BridgeError, MemoryError) as error:
+            return str(error)
+        finally:
+            node_load._read = original
+        bridge.load_hf_weights(others)
+    for chunk, other in zip(chunks, others, strict=True):
+        for a, b in zip(chunk.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+    return report
+
+
+def _no_memory(*args):
+    raise MemoryError("no memory left on this rank")
+
+
+def changed_head(path: str, layout: dict[str, Any], allowed: tuple[str, ...]):
+    """Load into a model whose last stage has a head of one row; the report and the head, or the error's text."""
+    import torch
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        pg, chunks = _build(bridge, layout)
+        last = pg.pp.rank() == pg.pp.size() - 1
+        if last:
+            chunks[-1].output_layer = torch.nn.Linear(bridge.fields["hidden_size"], 1)
+            torch.nn.init.constant_(chunks[-1].output_layer.weight, 3.0)
+        try:
+            report = bridge.load_hf_weights(chunks, allowed_mismatched=allowed)
+        except BridgeError as error:
+            return str(error)
+    rest = [p for chunk in chunks for name, p in chunk.named_parameters() if not name.startswith("output_layer")]
+    assert not any(parameter.isnan().any() for parameter in rest)
+    assert not last or (chunks[-1].output_layer.weight == 3.0).all()
+    return report

@@ -1,0 +1,63 @@
+"""Options of loading: one reader per node, and a head that is not the checkpoint's."""
+
+from __future__ import annotations
+
+import pytest
+from runtime.load_jobs import changed_head, one_reader
+
+from bridge_core.testing.hf_models import make_model, save_model
+
+torch = pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="the oracle is transformers")
+
+HEAD = ("output_layer.weight", "output_layer.bias")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """HF folder of each model, made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = save_model(make_model(name), tmp_path_factory.mktemp(name) / "hf", max_shard_size="300KB")
+        return made[name]
+
+    return make
+
+
+def nbytes(folder):
+    from safetensors.torch import load_file
+
+    return sum(t.numel() * t.element_size() for file in folder.glob("*.safetensors") for t in load_file(file).values())
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen3", {"tp": 2, "pp": 2}), ("qwen3_moe", {"ep": 2, "dp": 2})])
+def test_one_rank_of_a_node_reads_for_all(rank_pool, folders, name, layout):
+    folder = folders(name)
+    ranks = range(4 if "pp" in layout else 2)
+    reports = rank_pool.run(one_reader, str(folder), layout, 2, ranks=ranks)
+    for rank, report in enumerate(reports):
+        assert (report.bytes_read > 0) == (rank % 2 == 0)
+        assert 1 < report.broadcasts <= nbytes(folder) // 30_000 + 2
+        assert report.broadcasts == reports[rank // 2 * 2].broadcasts
+    # Each node reads what its stages need, once: here every tensor is needed by one node only.
+    assert sum(report.bytes_read for report in reports) == nbytes(folder)
+
+
+def test_a_reader_that_fails_is_heard_by_all(rank_pool, folders):
+    told = rank_pool.run(one_reader, str(folders("qwen3")), {"tp": 2}, 2, broken=True, ranks=[0, 1], timeout_s=60)
+    assert all("no memory left" in text for text in told)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen3", {"tp": 2}), ("qwen3", {"pp": 2}), ("llama-tied", {"pp": 2})])
+def test_a_changed_head_is_left_alone_and_reported(rank_pool, folders, name, layout):
+    folder = str(folders(name))
+    for report in rank_pool.run(changed_head, folder, layout, HEAD, ranks=[0, 1]):
+        assert report.left == ("output_layer.bias", "output_layer.weight")
+    # Without the exception, and with one that is no parameter, nothing is loaded.
+    refused = rank_pool.run(changed_head, folder, layout, (), ranks=[0, 1])
+    assert all("output_layer" in text for text in refused)
+    refused = rank_pool.run(changed_head, folder, layout, (*HEAD, "value_head.weight"), ranks=[0, 1])
+    assert all("value_head.weight" in text for text in refused)

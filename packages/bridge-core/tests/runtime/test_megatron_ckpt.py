@@ -1,0 +1,66 @@
+"""Megatron checkpoints of live models: saved at one layout, loaded at another, exported to the original."""
+
+from __future__ import annotations
+
+import pytest
+from runtime.megatron_jobs import load, load_refused, save
+
+from bridge_core import AutoBridge, ParallelLayout
+from bridge_core.testing.hf_models import make_model, save_model
+
+torch = pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="the oracle is transformers")
+
+CASES = [
+    ("llama", {"tp": 2}, {"pp": 2}),
+    ("llama-tied", {"pp": 2}, {"tp": 2, "pp": 2}),
+    ("qwen3", {"pp": 2, "vpp": 2}, {"dp": 2}),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, {"pp": 2, "ep": 2, "dp": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """HF folder of each model, made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = save_model(make_model(name), tmp_path_factory.mktemp(name) / "hf", max_shard_size="300KB")
+        return made[name]
+
+    return make
+
+
+def ranks(layout):
+    return range(ParallelLayout(**layout).world_size)
+
+
+@pytest.mark.parametrize(("name", "saved_at", "loaded_at"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_save_reshard_and_export(rank_pool, folders, tmp_path, name, saved_at, loaded_at):
+    folder, run = folders(name), tmp_path / "run"
+    reports = rank_pool.run(save, str(folder), saved_at, str(run), iteration=7, ranks=ranks(saved_at))
+    assert {report.folder for report in reports} == {run / "iter_0000007"}
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "7"
+    assert not list(run.glob(".*"))
+    reports = rank_pool.run(load, str(folder), loaded_at, str(run), ranks=ranks(loaded_at))
+    assert {report.iteration for report in reports} == {7}
+    AutoBridge.from_hf_pretrained(folder).export_ckpt(run, tmp_path / "hf")
+    for file in sorted(folder.glob("*.safetensors*")):
+        assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_run_config_is_enough_to_export(rank_pool, folders, tmp_path):
+    """Without the HF folder: config.json comes from run_config.yaml."""
+    from bridge_core import export_ckpt, verify
+
+    folder, run = folders("llama"), tmp_path / "run"
+    rank_pool.run(save, str(folder), {"tp": 2}, str(run), ranks=[0, 1])
+    export_ckpt(run, tmp_path / "hf")
+    verify(folder, tmp_path / "hf").raise_if_different()
+    with pytest.raises(Exception, match="already holds something"):
+        rank_pool.run(save, str(folder), {"tp": 2}, str(run), ranks=[0, 1])
+    rank_pool.run(save, str(folder), {"tp": 2}, str(run), overwrite=True, ranks=[0, 1])
+    for text in rank_pool.run(load_refused, str(folder), {"num_layers": 5}, {"tp": 2}, str(run), ranks=[0, 1]):
+        assert "layers" in text, text
