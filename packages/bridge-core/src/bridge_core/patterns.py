@@ -33,6 +33,15 @@ def fill(pattern: str, layer: int = 0, expert: int = 0) -> str:
     return pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
+@lru_cache(maxsize=4096)
+def at_layer(pattern: str, layer: int) -> tuple[str, ...]:
+    """The parts of a name around its expert's number: `str(expert).join(parts)` is `fill(pattern, layer, expert)`.
+
+    Where names are made by the hundred thousand, most of a name is the same for all experts of a layer.
+    """
+    return tuple(pattern.replace("{layer}", str(layer)).split("{expert}"))
+
+
 @lru_cache(maxsize=1024)
 def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(_HOLE.sub(r"(?P<\1>[0-9]+)", re.escape(pattern)))

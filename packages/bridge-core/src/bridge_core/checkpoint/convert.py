@@ -158,7 +158,7 @@ def export_ckpt(
     *,
     source: str | Path | None = None,
     hf_config: str | Path | Mapping[str, Any] | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = 2_000_000_000,
     options: Options = Options(),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,

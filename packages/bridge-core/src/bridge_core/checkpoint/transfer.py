@@ -174,6 +174,8 @@ class _Writer:
         self._buffers: list[bytes | memoryview] = []
 
     def add(self, path: str, offset: int, data: bytes | memoryview) -> None:
+        if not data:
+            return
         if path != self._path or offset != self._end or len(self._buffers) >= _VECTOR:
             self.flush()
             self._path, self._start, self._end = path, offset, offset

@@ -73,7 +73,7 @@ class Export:
     max_shard_size: Annotated[
         str,
         "Bytes per weight file where no --source says how to split: a number, kB, MB, GB, TB (or KiB, MiB, GiB, TiB).",
-    ] = "5GB"
+    ] = "2GB"
     dtype: DType = None
     overwrite: Overwrite = False
     threads: Threads = 2

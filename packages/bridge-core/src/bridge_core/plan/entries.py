@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
-from bridge_core.geometry import Box, Piece, Shape, row_major, tiling_error
-from bridge_core.patterns import fill, holes
+from bridge_core.geometry import Box, Piece, Shape, View, row_major, tiling_error
+from bridge_core.patterns import at_layer, holes
 from bridge_core.rules import Dims, Split, Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One row of a mapping table for one model: all instances of one kind of Megatron tensor.
 
@@ -55,21 +56,30 @@ class Entry:
         """Elements of one instance."""
         return prod(self.shape)
 
+    @cached_property
+    def shifts(self) -> dict[str, int]:
+        """`stack_stride` by HF name pattern."""
+        return {tensor.name: self.stack_stride(tensor) for tensor in self.hf}
+
     def instances(self) -> Iterator[tuple[int, int]]:
         """All (layer, expert) numbers."""
         return ((layer, expert) for layer in self.layers for expert in range(self.experts))
 
-    def instance(self, pieces: tuple[Piece, ...], layer: int, expert: int) -> list[Piece]:
-        """`pieces` with names filled in, moved to the expert's place in stacked HF tensors."""
-        shifts = {t.name: self.stack_stride(t) * expert for t in self.hf}
-        target = fill(self.name, layer, expert)
+    def instance(self, pieces: tuple[Piece, ...], layer: int, expert: int, target: str | None = None) -> list[Piece]:
+        """`pieces` with names filled in, moved to the expert's place in stacked HF tensors.
+
+        `target` is the name on the Megatron side, where it is not the canonical one.
+        """
+        number = str(expert)
+        into = number.join(at_layer(self.name, layer)) if target is None else target
+        # Built anew from parts: this runs for every parameter of every rank, and `_replace` costs three times as much.
         return [
             Piece(
-                piece.shape,
-                piece.source.moved(shifts[piece.source.tensor], fill(piece.source.tensor, layer, expert)),
-                piece.target.moved(0, target),
+                shape,
+                View(number.join(at_layer(name, layer)), at + self.shifts[name] * expert, strides),
+                View(into, to, steps),
             )
-            for piece in pieces
+            for shape, (name, at, strides), (_, to, steps) in pieces
         ]
 
     def stack_stride(self, tensor: Tensor) -> int:

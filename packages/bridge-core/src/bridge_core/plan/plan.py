@@ -16,7 +16,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import LayoutError
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, Shape, restrict, whole
-from bridge_core.patterns import fill
+from bridge_core.patterns import at_layer, fill
 from bridge_core.plan.audit import Audit, audit
 from bridge_core.plan.entries import Entry, compile_entries
 from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range, place_layers
@@ -121,6 +121,7 @@ class Plan:
         check_layout(fields, layout)
         self._by_name = {entry.name: entry for entry in self.entries}
         self._forms: dict[tuple[str, int], LocalForm] = {}
+        self._dense: dict[tuple[str, int, int, int], list[Shard]] = {}
 
     # --- Both sides, whole ---------------------------------------------------------------------
 
@@ -171,23 +172,15 @@ class Plan:
             for entry in self.entries:
                 form = self.local_form(entry.name, coords.etp if entry.is_expert else coords.tp)
                 experts = self.experts_of(entry, coords.ep)
-                for layer in self.layers_of(entry, stage):
-                    for expert in experts:
-                        yield self._shard(entry, form, stage, layer, expert, expert - experts.start)
-
-    def _shard(
-        self, entry: Entry, form: LocalForm, stage: PipelineStage, layer: int, expert: int, local_expert: int
-    ) -> Shard:
-        name = entry.name
-        if name == EMBEDDING and not stage.pre_process:
-            name = OUTPUT
-        param = fill(name, layer - stage.layer_offset, local_expert)
-        pieces = tuple(
-            piece._replace(target=piece.target._replace(tensor=param))
-            for piece in entry.instance(form.pieces, layer, expert)
-        )
-        global_name = fill(entry.name, layer, expert)
-        return Shard(param, stage.vp_stage, global_name, form.shape, pieces, form.pad, entry.name, layer, expert)
+                layers = self.layers_of(entry, stage)
+                if entry.is_expert:
+                    yield from _shards(entry, form, stage, layers, experts)
+                    continue
+                # The same for all ranks that differ in data or expert coordinates only.
+                key = (entry.name, coords.tp, stage.pp_rank, stage.vp_stage)
+                if (found := self._dense.get(key)) is None:
+                    found = self._dense[key] = list(_shards(entry, form, stage, layers, experts))
+                yield from found
 
     def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
         """Global numbers of the layers for which a stage holds an entry; `(0,)` for one without layers."""
@@ -288,6 +281,19 @@ class Plan:
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+
+
+def _shards(
+    entry: Entry, form: LocalForm, stage: PipelineStage, layers: Iterable[int], experts: range
+) -> Iterator[Shard]:
+    local = OUTPUT if entry.name == EMBEDDING and not stage.pre_process else entry.name
+    for layer in layers:
+        names, params = at_layer(entry.name, layer), at_layer(local, layer - stage.layer_offset)
+        for expert in experts:
+            param = str(expert - experts.start).join(params)
+            pieces = tuple(entry.instance(form.pieces, layer, expert, param))
+            name = str(expert).join(names)
+            yield Shard(param, stage.vp_stage, name, form.shape, pieces, form.pad, entry.name, layer, expert)
 
 
 def holds_end(name: str, stage: PipelineStage, *, tied: bool) -> bool:

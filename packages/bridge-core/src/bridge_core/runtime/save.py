@@ -58,7 +58,7 @@ def save_hf_pretrained(
     config: dict[str, Any] | None = None,
     source: str | Path | None = None,
     dtype: str | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = 2_000_000_000,
     overwrite: bool = False,
     groups: Any = None,
     group: Any = None,
