@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 from measure import ChildFailedError, Memory, Timed, idle, idle_memory, peak_memory, probe, spread, timed
 from synthetic import SHAPES
 
+from bridge_core import verify
 from bridge_core.checkpoint.hf_folder import CONFIG
 from bridge_core.checkpoint.output import check_space
 from bridge_core.families import family_for
@@ -148,11 +148,10 @@ def summary(runs: Sequence[Timed]) -> dict[str, Any]:
 
 
 def check_equal(source: Path, out: Path) -> None:
-    """Raise unless the weight files of two HF folders are equal to the byte: wrong bytes have no speed."""
-    names = sorted(file.name for file in source.glob("*.safetensors"))
-    _, differ, absent = filecmp.cmpfiles(source, out, names, shallow=False)
-    if differ or absent:
-        raise ChildFailedError(f"an export is not what was imported: {', '.join([*differ, *absent])}")
+    """Raise unless two HF folders hold the same tensors, bit for bit: wrong bytes have no speed."""
+    found = verify(source, out)
+    if not found.ok:
+        raise ChildFailedError(f"an export is not what was imported: {found.counts}")
 
 
 def _remove(folder: Path) -> None:
