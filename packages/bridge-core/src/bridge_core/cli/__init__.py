@@ -7,8 +7,10 @@ Exit codes: 0 all is well; 1 an error, or a verification that found differences;
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. Wrong usage and `--help` end in a `SystemExit`, as command lines do.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _allow_many_files()
     try:
         if arguments[:1] == ["demo"]:
             return Demo().run(arguments[1:])
@@ -72,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         what = "a file could not be read or written"
         return _failed(BridgeError(what, where=error.filename, got=error.strerror or error))
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may: a checkpoint of 512 ranks has 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _failed(error: BridgeError) -> int:
