@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bridge_core.checkpoint.copies import check_copies
 from bridge_core.checkpoint.dcp_layout import write_metadata
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf, read_config
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
@@ -91,6 +92,7 @@ def import_ckpt(
     megatron_path: str | Path,
     *,
     options: Options = Options(),
+    ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
@@ -100,6 +102,7 @@ def import_ckpt(
         hf_path: folder with config.json and safetensors files.
         megatron_path: output; gets `iter_0000000/` and `latest_checkpointed_iteration.txt`.
         options: dtype, overwriting, workers.
+        ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         ignore_options: options of config.json to leave out of account although the family does not know them.
         on_total: called once with the number of bytes to be written, before the first is.
 
@@ -111,14 +114,15 @@ def import_ckpt(
     output = real_path(Path(megatron_path))
     check_apart(output, source.path)
     family = family_for(source.config)
-    fields = family.to_megatron(source.config, ignore=ignore_options)
-    plan = Plan(family, fields, ParallelLayout(), dtypes={n: t.dtype for n, t in source.tensors.items()})
+    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore)
+    dtypes = {n: t.dtype for n, t in source.tensors.items()}
+    plan = Plan(family, fields, ParallelLayout(), dtypes=dtypes, names=source.tensors, ignore=ignore)
     audit = plan.audit(source.shapes)
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     nbytes = sum(layout.files.values())
     main_dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
-    run_config = write_run_config(fields, family, source.config, main_dtype)
+    run_config = write_run_config(fields, family, source.config, main_dtype, ignore=ignore, forms=plan.forms)
     carried = carried_files(source)
 
     def prepare(folder: Path) -> None:
@@ -131,6 +135,7 @@ def import_ckpt(
         copy_files(source.path, carried, iteration / ASSETS)
 
     def fill(folder: Path, rank: int, size: int) -> Moved:
+        check_copies(plan, source, rank=rank, size=size)
         names = [name for number, name in enumerate(layout.files) if number % size == rank]
         create_files(folder / ITERATION, layout, names)
         mine = {str(folder / ITERATION / name) for name in names}
@@ -160,6 +165,7 @@ def export_ckpt(
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 2_000_000_000,
     options: Options = Options(),
+    ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
@@ -173,6 +179,7 @@ def export_ckpt(
         hf_config: config.json (path or content) for a checkpoint that does not say how its model is configured.
         max_shard_size: bytes per weight file, where no `source` says how to split.
         options: dtype, overwriting, workers.
+        ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         ignore_options: options of config.json that the family does not know and that do not matter.
         on_total: called once with the number of bytes to be written, before the first is.
 
@@ -188,12 +195,13 @@ def export_ckpt(
         like = open_hf(source)
     given = like.config if like else _as_config(hf_config)
     checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
-    plan = export_plan(checkpoint)
+    plan = export_plan(checkpoint, names=like.tensors if like else None, ignore=ignore)
     wired = megatron_entries(plan, checkpoint)
     shapes = plan.hf_tensors
     dtypes = wired.hf_dtypes(options.dtype)
     layout = lay_out_like(like, plan, dtypes) if like else lay_out_files(shapes, dtypes, max_shard_size)
-    config = like.config if like else checkpoint.hf_config or checkpoint.family.to_hf(checkpoint.fields)
+    given = like.config if like else checkpoint.hf_config
+    config = plan.family.consistent(given, plan.fields) if given else plan.family.to_hf(plan.fields)
     carried = carried_files(like) if like else _stored_assets(checkpoint)
     base = like.path if like else checkpoint.path / ASSETS
     # Looks at the head of every item: a corrupt one is found before anything is written.
@@ -249,11 +257,21 @@ def _run(
     return moved[0]
 
 
-def export_plan(checkpoint: MegatronFolder) -> Plan:
+def export_plan(
+    checkpoint: MegatronFolder, *, names: Collection[str] | None = None, ignore: Sequence[str] = ()
+) -> Plan:
     """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has."""
     stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
-    rows = max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None
-    return Plan(checkpoint.family, checkpoint.fields, ParallelLayout(), padded_vocab=rows)
+    ignore = tuple(dict.fromkeys((*checkpoint.ignore, *ignore)))
+    return Plan(
+        checkpoint.family,
+        checkpoint.family.without(checkpoint.fields, ignore),
+        ParallelLayout(),
+        padded_vocab=max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None,
+        names=names,
+        forms=checkpoint.forms,
+        ignore=ignore,
+    )
 
 
 def _as_config(value: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -322,4 +340,6 @@ def copy_files(base: Path, files: Sequence[Path], target: Path) -> None:
 def _reason(ignored: Mapping[str, str], name: str) -> str:
     from bridge_core.patterns import match
 
-    return next(reason for pattern, reason in ignored.items() if match(pattern, name) is not None)
+    return next(
+        (reason for pattern, reason in ignored.items() if match(pattern, name) is not None), "left out as asked"
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
-from bridge_core.checkpoint.keys import Form, places, stacked_shape
+from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
@@ -31,6 +31,8 @@ class MegatronFolder:
         fields: Megatron fields of the model.
         family: the model family.
         hf_config: the config.json that the checkpoint was imported from, if it says so.
+        ignore: patterns of HF names that its import left out.
+        forms: which HF forms its rows had (`Plan.forms`).
     """
 
     path: Path
@@ -38,6 +40,8 @@ class MegatronFolder:
     fields: Fields = field(repr=False)
     family: Family = field(repr=False)
     hf_config: dict[str, Any] | None = field(repr=False)
+    ignore: tuple[str, ...] = ()
+    forms: Mapping[str, int] | None = field(default=None, repr=False)
 
     def weights(self) -> dict[str, DcpTensor]:
         """The tensors that are weights."""
@@ -103,22 +107,23 @@ def open_megatron(
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
     model = model_of(folder, hf_config, ignore_options=ignore_options)
-    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config)
+    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config, model.ignore, model.forms)
 
 
-def form_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, num_layers: int, where: Path) -> Form:
-    """The form in which a checkpoint holds its layers and experts.
+def forms_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, where: Path) -> Forms:
+    """The form in which a checkpoint holds the layers of each block, and their experts.
 
     Raises:
         CoverageError: in no form does it hold the tensors of the model; names the first that are missing.
     """
+    return {block: _form_of(members, tensors, where) for block, members in by_block(entries).items()}
+
+
+def _form_of(entries: Sequence[Entry], tensors: Mapping[str, DcpTensor], where: Path) -> Form:
     missing: list[str] = []
     for form in Form:
         wanted = {
-            place.key
-            for entry in entries
-            for layer in entry.layers[:1]
-            for place in places(entry, form, layer, 0, num_layers=num_layers)
+            place.key for entry in entries for layer in entry.layers[:1] for place in places(entry, form, layer, 0)
         }
         absent = sorted(wanted - set(tensors))
         if not absent:
@@ -134,15 +139,13 @@ def form_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, num
     )
 
 
-def check_weights(
-    entries: tuple[Entry, ...], form: Form, tensors: Mapping[str, DcpTensor], *, num_layers: int, where: Path
-) -> None:
+def check_weights(entries: tuple[Entry, ...], forms: Forms, tensors: Mapping[str, DcpTensor], *, where: Path) -> None:
     """Raise unless a checkpoint's weights are exactly those of the entries, by key and shape."""
     wanted = {
         place.key: stacked_shape(place)
         for entry in entries
         for layer, expert in entry.instances()
-        for place in places(entry, form, layer, expert, num_layers=num_layers)
+        for place in places(entry, forms[entry.block], layer, expert)
     }
     missing = [key for key in wanted if key not in tensors]
     unexpected = [key for key in tensors if key not in wanted]

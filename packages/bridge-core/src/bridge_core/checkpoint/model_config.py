@@ -41,11 +41,16 @@ _PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that 
 
 
 class ModelConfig(NamedTuple):
-    """The model of a checkpoint: its Megatron fields, its family, and its config.json where one is known."""
+    """The model of a checkpoint: its Megatron fields, its family, and its config.json where one is known.
+
+    `ignore` are patterns of HF names that its import left out, `forms` the HF forms that its rows had.
+    """
 
     fields: Fields
     family: Family
     hf_config: dict[str, Any] | None
+    ignore: tuple[str, ...] = ()
+    forms: Mapping[str, int] | None = None
 
 
 class _Said(NamedTuple):
@@ -72,9 +77,9 @@ def model_of(folder: Path, hf_config: Mapping[str, Any] | None, *, ignore_option
         model = _from_section(said)
         if hf_config is not None:
             family = family_for(hf_config)
-            given = family.to_megatron(hf_config, ignore=tuple(hf_config))
+            given = family.without(family.to_megatron(hf_config, ignore=tuple(hf_config)), model.ignore)
             _compare(model.fields, model.family, given, family, where=said.where, names=(*_GEOMETRY, "vocab_size"))
-            model = model._replace(hf_config=dict(hf_config))
+            model = model._replace(hf_config=family.consistent(hf_config, model.fields))
         return model
     if hf_config is not None:
         family = family_for(hf_config)
@@ -104,7 +109,8 @@ def _from_section(said: _Said) -> ModelConfig:
             fix=f"remove the section {SECTION!r}, and {_PASS_HF}",
         ) from None
     _check_complete(said)
-    return ModelConfig(said.fields, family, dict(stored) if stored else None)
+    ignore, forms = tuple(said.section.get("ignore") or ()), dict(said.section.get("forms") or {})
+    return ModelConfig(said.fields, family, dict(stored) if stored else None, ignore, forms)
 
 
 def _said_by(folder: Path, *, must: bool) -> _Said | None:
@@ -177,8 +183,9 @@ def _check_vocabulary(said: _Said, given: Fields) -> None:
 
 def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
     """Fields that change what weights mean have the values that the family stands for."""
+    translated = {option.megatron for section in family.parts.values() for option in section.fields}
     expected = {k: v for k, v in family.megatron.items() if k not in _TRAINING}
-    expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected}
+    expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected and k not in translated}
     wrong = {k: v for k, v in expected.items() if fields.get(k) is not None and fields[k] != v and (fields[k] or v)}
     if wrong:
         raise ConfigError(

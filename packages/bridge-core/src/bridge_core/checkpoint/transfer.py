@@ -48,13 +48,14 @@ class Job(NamedTuple):
     """One target tensor, and the pieces that fill it, each with the stored tensor it comes from.
 
     The views of a piece are in elements of the stored tensors; the names in them are not looked at.
-    `head` and `tail` are written before and after the data.
+    `head` and `tail` are written before and after the data; `shift` is added to every value.
     """
 
     target: Stored
     parts: tuple[tuple[Stored, Piece], ...]
     head: bytes = b""
     tail: bytes = b""
+    shift: float = 0.0
 
 
 class Moved(NamedTuple):
@@ -235,9 +236,9 @@ class _Worker:
         self._writer.flush()
 
     def _shortest_run(self, job: Job) -> int:
-        """Bytes of the shortest run of a job; 0 if it needs a cast."""
+        """Bytes of the shortest run of a job; 0 if it needs arithmetic."""
         dtype = job.target.dtype
-        if any(source.dtype != dtype for source, _ in job.parts):
+        if job.shift or any(source.dtype != dtype for source, _ in job.parts):
             return 0
         elements = min((_run_length(p.shape, p.source.strides, p.target.strides) for _, p in job.parts), default=1)
         return elements * dtype_of(dtype).itemsize
@@ -291,6 +292,8 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
         for source, piece in parts:
             view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
             values = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+            if job.shift:
+                values = values.astype(np.float32) + np.float32(job.shift)
             with np.errstate(over="ignore"):
                 view[...] = values
             if job.target.dtype == "F16" != source.dtype:

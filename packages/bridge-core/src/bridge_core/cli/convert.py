@@ -29,6 +29,9 @@ Overwrite = Annotated[
 ]
 Threads = Annotated[int, "Copies in flight at a time, in each process."]
 Json = Annotated[bool, "Print the report as JSON."]
+Ignore = Annotated[
+    tuple[str, ...], "HF names to leave out, as patterns of a shell (mtp.*, model.visual.*); the report names them."
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Import:
     dtype: DType = None
     overwrite: Overwrite = False
     threads: Threads = 2
+    ignore: Ignore = ()
     ignore_option: Annotated[
         tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
     ] = ()
@@ -51,7 +55,12 @@ class Import:
 
         def convert(options: Options, on_total: Callable[[int], None]) -> Report:
             return import_ckpt(
-                self.hf, self.megatron, options=options, ignore_options=self.ignore_option, on_total=on_total
+                self.hf,
+                self.megatron,
+                options=options,
+                ignore=self.ignore,
+                ignore_options=self.ignore_option,
+                on_total=on_total,
             )
 
         return _convert("imported", self, convert)
@@ -74,6 +83,7 @@ class Export:
         str,
         "Bytes per weight file where no --source says how to split: a number, kB, MB, GB, TB (or KiB, MiB, GiB, TiB).",
     ] = "2GB"
+    ignore: Ignore = ()
     dtype: DType = None
     overwrite: Overwrite = False
     threads: Threads = 2
@@ -93,6 +103,7 @@ class Export:
                 hf_config=self.hf_config,
                 max_shard_size=max_shard_size,
                 options=options,
+                ignore=self.ignore,
                 on_total=on_total,
             )
 

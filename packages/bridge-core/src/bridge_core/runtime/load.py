@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from bridge_core.checkpoint.copies import check_copies
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, OpenFiles, gather, together
@@ -49,6 +50,7 @@ def load_hf_weights(
     family: Family,
     fields: Fields,
     *,
+    ignore: Sequence[str] = (),
     groups: Any = None,
     group: Any = None,
     threads: int = 2,
@@ -66,6 +68,7 @@ def load_hf_weights(
     Args:
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: HF folder; all ranks must see it.
+        ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         groups: process groups of the model; by default those it was built with.
         group: all ranks of the model; by default torch's default group.
         threads: parameters read at a time.
@@ -90,8 +93,16 @@ def load_hf_weights(
                 expected="a process group of the ranks of this node",
                 got="None",
             )
-        live = open_live(model, family, fields, groups=groups, excepted=allowed_mismatched)
         folder = open_hf(path)
+        live = open_live(
+            model,
+            family,
+            fields,
+            groups=groups,
+            excepted=allowed_mismatched,
+            names=folder.tensors,
+            ignore=ignore,
+        )
         opened.append((live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored))
 
     workers.together(check)
@@ -100,6 +111,7 @@ def load_hf_weights(
     done: list[NodeTally] = []
 
     def fill() -> None:
+        check_copies(live.plan, folder, rank=workers.rank, size=workers.size)
         if one_reader_per_node:
             done.append(fill_from_node(live, folder, node_group, bucket_bytes))
             return
@@ -179,6 +191,6 @@ def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files
             return
         target = flat(live.tensor(shard))
         parts = tuple((folder.tensors[piece.source.tensor], piece) for piece in shard.pieces)
-        job = Job(Stored("", 0, dtype_name(target), shard.shape), parts)
+        job = Job(Stored("", 0, dtype_name(target), shard.shape), parts, shift=live.plan.entry(shard.entry).shift)
         for first, block in gather(job, files):
             target[first : first + block.size].copy_(from_numpy(block, job.target.dtype))

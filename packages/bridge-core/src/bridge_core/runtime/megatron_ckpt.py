@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -49,6 +49,7 @@ def save_megatron_model(
     family: Family,
     fields: Fields,
     *,
+    ignore: Sequence[str] = (),
     hf_config: Mapping[str, Any] | None = None,
     iteration: int = 0,
     overwrite: bool = False,
@@ -64,6 +65,7 @@ def save_megatron_model(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: folder of the run, which all ranks must see; other iterations in it are left alone.
         family, fields: of the HF model.
+        ignore: patterns (as in a shell) of HF names whose tensors the model does not have.
         hf_config: config.json of the model, kept in run_config.yaml for later exports.
         iteration: number of the iteration.
         overwrite: replace an iteration that is there already.
@@ -82,7 +84,7 @@ def save_megatron_model(
     def check() -> None:
         _check_world(workers)
         check_free(output, overwrite=overwrite)
-        opened.append(open_live(model, family, fields, groups=groups))
+        opened.append(open_live(model, family, fields, groups=groups, ignore=ignore))
 
     workers.together(check)
     live = opened[0]
@@ -110,6 +112,7 @@ def load_megatron_model(
     family: Family,
     fields: Fields,
     *,
+    ignore: Sequence[str] = (),
     groups: ProcessGroupCollection | None = None,
     group: Any = None,
 ) -> MegatronReport:
@@ -122,6 +125,7 @@ def load_megatron_model(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: folder of a run, whose latest iteration is taken, or of one iteration; all ranks must see it.
         family, fields: of the HF model.
+        ignore: patterns (as in a shell) of HF names whose tensors the model does not have.
         groups, group: as for `save_megatron_model`.
 
     Raises:
@@ -132,7 +136,7 @@ def load_megatron_model(
 
     def check() -> None:
         _check_world(workers)
-        live = open_live(model, family, fields, groups=groups)
+        live = open_live(model, family, fields, groups=groups, ignore=ignore)
         folder = find_iteration(Path(path))
         checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
         megatron_entries(export_plan(checkpoint), checkpoint)

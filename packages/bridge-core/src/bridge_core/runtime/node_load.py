@@ -126,7 +126,9 @@ def _copy(
         source = _part(data, at, folder.tensors[name])
         for shard, piece in mine.get(name, ()):
             target = window(flat(live.tensor(shard)), piece.shape, piece.target)
-            target.copy_(window(source, piece.shape, piece.source))
+            values = window(source, piece.shape, piece.source)
+            shift = live.plan.entry(shard.entry).shift
+            target.copy_(values.float() + shift if shift else values)
 
 
 def _part(data: Tensor, at: int, stored: Any) -> Tensor:

@@ -8,6 +8,7 @@ columns for rows first, within the tensor-parallel group.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
 from bridge_core.plan import Shard
-from bridge_core.plan.plan import OUTPUT
-from bridge_core.runtime.live import LiveModel, agreed_dtype, open_live, unwrap
+from bridge_core.runtime.live import LiveModel, agreed_dtypes, is_second_copy, open_live, unwrap
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import flat, torch_dtype
 from bridge_core.runtime.workers import TorchWorkers
@@ -56,6 +56,7 @@ def save_hf_pretrained(
     fields: Fields,
     *,
     config: dict[str, Any] | None = None,
+    ignore: Sequence[str] = (),
     source: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = 2_000_000_000,
@@ -71,6 +72,7 @@ def save_hf_pretrained(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: output folder.
         config: config.json; by default rebuilt from `fields`.
+        ignore: patterns (as in a shell) of HF names to leave out.
         source: an HF folder whose split into files is used, and whose other files are carried along.
         dtype: dtype of floating-point tensors in the files; by default that of the parameters.
         max_shard_size: bytes per file, where no `source` says how to split.
@@ -92,13 +94,14 @@ def save_hf_pretrained(
         if source is not None:
             check_apart(output, Path(source))
             like = open_hf(source)
-        prepared.append((open_live(model, family, fields, groups=groups), like))
+        names = like.tensors if like else None
+        prepared.append((open_live(model, family, fields, groups=groups, names=names, ignore=ignore), like))
 
     workers.together(check)
     live, like = prepared[0]
-    name = agreed_dtype(live, dtype, group)
+    dtypes = agreed_dtypes(live, dtype, group)
     laid: list[HfLayout] = []
-    workers.together(lambda: laid.append(_lay_out(live, like, name, max_shard_size)))
+    workers.together(lambda: laid.append(_lay_out(live, like, dtypes, max_shard_size)))
     layout = laid[0]
     tp_groups = groups or unwrap(model)[0].pg_collection
     tally = _Tally()
@@ -115,7 +118,7 @@ def save_hf_pretrained(
     def finish(folder: Path) -> None:
         if [file.name for file in layout.files] != [SINGLE]:
             (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-        written = written_config(config or family.to_hf(fields), layout)
+        written = written_config(family.consistent(config, fields) if config else family.to_hf(fields), layout)
         (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     write_folder(output, layout.nbytes, workers, prepare, fill, finish, overwrite=overwrite)
@@ -124,8 +127,7 @@ def save_hf_pretrained(
     )
 
 
-def _lay_out(live: LiveModel, like: HfFolder | None, dtype: str, max_shard_size: int) -> HfLayout:
-    dtypes = dict.fromkeys(live.plan.hf_tensors, dtype)
+def _lay_out(live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max_shard_size: int) -> HfLayout:
     if like is not None:
         return lay_out_like(like, live.plan, dtypes)
     return lay_out_files(live.plan.hf_tensors, dtypes, max_shard_size)
@@ -138,12 +140,14 @@ class _Writer:
         self._live = live
         self._groups = groups
         self._tally = tally
-        self._places = {
-            name: (str(folder / file.name), offset)
+        places = {
+            name: (str(folder / file.name), offset, dtype)
             for file in layout.files
-            for name, (offset, _, _) in file.tensors.items()
+            for name, (offset, dtype, _) in file.tensors.items()
         }
-        self._dtype = layout.main_dtype()
+        self._places = {name: [place] for name, place in places.items()}
+        for name, copy in live.plan.written_copies.items():
+            self._places[copy.of].append(places[name])
         self._failure: Exception | None = None
 
     def run(self) -> None:
@@ -155,8 +159,8 @@ class _Writer:
             raise self._failure
 
     def _one(self, number: int, shard: Shard) -> None:
-        if shard.param == OUTPUT != shard.name:
-            return  # the last stage's copy of a tied embedding: the first stage writes it
+        if is_second_copy(self._live, shard):
+            return  # the first stage writes it
         plan, coords = self._live.plan, self._live.plan.layout.coords(self._live.rank)
         entry = plan.entry(shard.entry)
         if entry.is_expert:
@@ -171,7 +175,7 @@ class _Writer:
             return
         tensor = flat(self._live.tensor(shard))
         if entry.split is None or entry.split.dim == 0 or size == 1:
-            self._guarded(tensor, shard.pieces)
+            self._guarded(tensor, shard.pieces, entry.shift)
             return
         group = self._groups.expt_tp if entry.is_expert else self._groups.tp
         rows, box = exchange(tensor.view(shard.shape), entry.shape, axis, size, group)
@@ -179,30 +183,33 @@ class _Writer:
         whole = entry.instance(entry.pieces, shard.layer, shard.expert)
         at = (0,) * len(box.shape)
         cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
-        self._guarded(flat(rows), cut)
+        self._guarded(flat(rows), cut, entry.shift)
 
-    def _guarded(self, tensor: Tensor, pieces: Any) -> None:
+    def _guarded(self, tensor: Tensor, pieces: Any, shift: float) -> None:
         """Write, unless a write failed before. An error waits for the end: the others still expect exchanges."""
         if self._failure is not None:
             return
         try:
-            self._write(tensor, pieces)
+            self._write(tensor, pieces, shift)
         except Exception as error:
             self._failure = error
 
-    def _write(self, tensor: Tensor, pieces: Any) -> None:
+    def _write(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
         import torch
 
-        dtype = self._dtype
+        if shift:
+            tensor = tensor.float() - shift
+        # One Megatron tensor has one dtype in HF files, whichever of its HF tensors is asked.
+        _, _, dtype = self._places[pieces[0].source.tensor][0]
         data = tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
         itemsize = dtype_of(dtype).itemsize
         for piece in pieces:
-            back: Piece = piece.inverse()
-            path, offset = self._places[back.target.tensor]
-            descriptor = self._files.descriptor(path, write=True)
-            for at_source, at_target, length in runs(back):
-                part = data[at_source * itemsize : (at_source + length) * itemsize]
-                self._tally.written += write_all(descriptor, part, offset + at_target * itemsize)
+            back = piece.inverse()
+            for path, offset, _ in self._places[back.target.tensor]:
+                descriptor = self._files.descriptor(path, write=True)
+                for at_source, at_target, length in runs(back):
+                    part = data[at_source * itemsize : (at_source + length) * itemsize]
+                    self._tally.written += write_all(descriptor, part, offset + at_target * itemsize)
 
 
 def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:
