@@ -197,6 +197,8 @@ class _Writer:
     def _write(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
         import torch
 
+        if not pieces:
+            return
         if shift:
             tensor = tensor.float() - shift
         # One Megatron tensor has one dtype in HF files, whichever of its HF tensors is asked.
