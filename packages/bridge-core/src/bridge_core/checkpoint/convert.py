@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, UnsafeCheckpointError
 from bridge_core.families import family_for
+from bridge_core.geometry import Shape
 from bridge_core.plan import Plan
 from bridge_core.topology import ParallelLayout
 
@@ -116,7 +117,7 @@ def import_ckpt(
     family = family_for(source.config)
     fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore)
     dtypes = {n: t.dtype for n, t in source.tensors.items()}
-    plan = Plan(family, fields, ParallelLayout(), dtypes=dtypes, names=source.tensors, ignore=ignore)
+    plan = Plan(family, fields, ParallelLayout(), dtypes=dtypes, inventory=source.shapes, ignore=ignore)
     audit = plan.audit(source.shapes)
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
@@ -195,7 +196,7 @@ def export_ckpt(
         like = open_hf(source)
     given = like.config if like else _as_config(hf_config)
     checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
-    plan = export_plan(checkpoint, names=like.tensors if like else None, ignore=ignore)
+    plan = export_plan(checkpoint, inventory=like.shapes if like else None, ignore=ignore)
     wired = megatron_entries(plan, checkpoint)
     shapes = plan.hf_tensors
     dtypes = wired.hf_dtypes(options.dtype)
@@ -258,7 +259,7 @@ def _run(
 
 
 def export_plan(
-    checkpoint: MegatronFolder, *, names: Collection[str] | None = None, ignore: Sequence[str] = ()
+    checkpoint: MegatronFolder, *, inventory: Mapping[str, Shape] | None = None, ignore: Sequence[str] = ()
 ) -> Plan:
     """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has."""
     stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
@@ -268,7 +269,7 @@ def export_plan(
         checkpoint.family.without(checkpoint.fields, ignore),
         ParallelLayout(),
         padded_vocab=max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None,
-        names=names,
+        inventory=inventory,
         forms=checkpoint.forms,
         ignore=ignore,
     )

@@ -100,7 +100,7 @@ def load_hf_weights(
             fields,
             groups=groups,
             excepted=allowed_mismatched,
-            names=folder.tensors,
+            inventory=folder.shapes,
             ignore=ignore,
         )
         opened.append((live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored))

@@ -94,8 +94,8 @@ def save_hf_pretrained(
         if source is not None:
             check_apart(output, Path(source))
             like = open_hf(source)
-        names = like.tensors if like else None
-        prepared.append((open_live(model, family, fields, groups=groups, names=names, ignore=ignore), like))
+        held = like.shapes if like else None
+        prepared.append((open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore), like))
 
     workers.together(check)
     live, like = prepared[0]
