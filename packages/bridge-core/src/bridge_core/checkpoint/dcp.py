@@ -8,17 +8,21 @@ tensors there are, in which chunks, and for each chunk or object the file, offse
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from bridge_core.checkpoint import pickles as p
-from bridge_core.checkpoint.tiling import check_tiling
 from bridge_core.checkpoint.torch_names import TORCH_NAMES, dtype_of_global
 from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
+from bridge_core.geometry import box_tiling_error
 
 METADATA_FILE = ".metadata"
+
+
+ChunkBox = tuple[tuple[int, ...], tuple[int, ...]]
+"""The region of a tensor that a chunk holds: offsets and sizes, one per dim."""
 
 
 class DcpChunk(NamedTuple):
@@ -195,6 +199,22 @@ def _tensor(key: str, entry: p.Inert, places: _Places, where: Path) -> DcpTensor
         located.append(DcpChunk(offsets, sizes, *_take(places, key, offsets, where)))
     check_tiling(shape, [chunk[:2] for chunk in located], where=here)
     return DcpTensor(dtype_of_global(name, where=here).name, shape, tuple(located))
+
+
+def check_tiling(shape: tuple[int, ...], boxes: Sequence[ChunkBox], *, where: object) -> None:
+    """Raise unless the chunks of a tensor cover it exactly once.
+
+    Raises:
+        CheckpointError: a chunk has another number of dims or leaves the tensor, two overlap, or elements are missing.
+    """
+    if error := box_tiling_error(shape, boxes):
+        raise CheckpointError(
+            "the chunks of a tensor do not tile it",
+            where=where,
+            expected=f"every element of {shape} in one chunk",
+            got=error,
+            fix="save the checkpoint again",
+        )
 
 
 def _take(places: _Places, key: str, offsets: tuple[int, ...] | None, where: Path) -> DcpObject:

@@ -46,15 +46,6 @@ def megatron_side_files(common: Mapping[str, Any]) -> dict[str, bytes]:
     }
 
 
-def common_state_object(common: Mapping[str, Any]) -> tuple[str, bytes]:
-    """Key and item of the common state as 0.19 writes it, instead of `common.pt`; 0.16 does not read this.
-
-    Raises:
-        CheckpointError: a value is not plain (see `save_object`).
-    """
-    return COMMON_STATE_KEY, save_object([dict(common)], where=COMMON_STATE_KEY)
-
-
 def extra_state_object() -> bytes:
     """The item of an empty extra state: mcore stores an object as the list of the shards that one rank holds."""
     return save_object([None])
