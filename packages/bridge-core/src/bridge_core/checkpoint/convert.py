@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_core.checkpoint.dcp_layout import write_metadata
+from bridge_core.checkpoint.files import create_file
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf, read_config
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
 from bridge_core.checkpoint.megatron_files import megatron_side_files
@@ -22,7 +23,7 @@ from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.together import Alone, Workers, write_folder
-from bridge_core.checkpoint.transfer import Moved, Progress, create_file, share, transfer
+from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer
 from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, UnsafeCheckpointError

@@ -19,11 +19,12 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from bridge_core.checkpoint.convert import export_plan
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import open_hf, read_config
 from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, open_megatron
-from bridge_core.checkpoint.transfer import Job, OpenFiles, Progress, gather, together
+from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.wiring import export_jobs, megatron_entries
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
 from bridge_core.families import family_for
@@ -301,7 +302,7 @@ def _compare_contents(
     with ExitStack() as stack:
         files = OpenFiles(stack)
         names, workers = list(pairs), max(1, threads)
-        together([partial(compare, files, names[number::workers]) for number in range(workers)], stop)
+        in_threads([partial(compare, files, names[number::workers]) for number in range(workers)], stop)
         found: list[Difference] = []
         for name in filter(differing.__contains__, names):
             a, b = (_content_hash(job, files) if len(found) < limit else None for job in pairs[name])

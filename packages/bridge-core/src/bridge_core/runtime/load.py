@@ -9,9 +9,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, OpenFiles, gather, together
+from bridge_core.checkpoint.transfer import Job, gather
+from bridge_core.checkpoint.transfer import in_threads as together
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
