@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from bridge_core.checkpoint import pickles as p
 from bridge_core.checkpoint.torch_names import TORCH_NAMES, dtype_of_global
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
 from bridge_core.geometry import box_tiling_error
 
@@ -50,6 +52,11 @@ class DcpTensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[DcpChunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from bridge_core.checkpoint.keys import Form, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
-from bridge_core.plan import Entry
+from bridge_core.plan import Entry, Plan
+from bridge_core.topology import ParallelLayout
 
 LATEST = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
@@ -104,6 +105,13 @@ def open_megatron(
     dcp = read_dcp(folder)
     model = model_of(folder, hf_config, ignore_options=ignore_options)
     return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config)
+
+
+def export_plan(checkpoint: MegatronFolder) -> Plan:
+    """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has."""
+    stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
+    rows = max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None
+    return Plan(checkpoint.family, checkpoint.fields, ParallelLayout(), padded_vocab=rows)
 
 
 def form_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, num_layers: int, where: Path) -> Form:

@@ -18,12 +18,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-from bridge_core.checkpoint.convert import export_plan
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import open_hf, read_config
 from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
-from bridge_core.checkpoint.megatron_folder import MegatronFolder, open_megatron
+from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.wiring import export_jobs, megatron_entries
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
