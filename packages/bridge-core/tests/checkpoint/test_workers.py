@@ -56,9 +56,8 @@ def test_workers_share_the_bytes(tmp_path, size):
     hf = write_hf(tmp_path / "hf", "qwen3_moe", files=2)
     steps = ((import_ckpt, hf, tmp_path / "megatron"), (export_ckpt, tmp_path / "megatron", tmp_path / "back"))
     for run, source, output in steps:
-        reports = on_threads(
-            size, lambda workers, run=run, a=source, b=output: run(a, b, options=Options(workers=workers))
-        )
+        convert = lambda workers, run=run, a=source, b=output: run(a, b, options=Options(workers=workers))  # noqa: E731
+        reports = on_threads(size, convert)
         shares = [sum(report.moved[:3]) for report in reports]
         assert sum(shares) == reports[0].nbytes
         assert all(0 < share < reports[0].nbytes for share in shares)

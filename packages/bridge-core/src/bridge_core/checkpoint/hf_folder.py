@@ -120,6 +120,14 @@ def open_hf(path: str | Path) -> HfFolder:
     """
     folder = Path(path)
     config = read_config(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            "a file was given in place of a folder",
+            where=folder,
+            expected=f"the folder with {CONFIG} and safetensors files",
+            got="a file",
+            fix="give the folder that it is in",
+        )
     weight_map = _weight_map(folder)
     names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     tensors: dict[str, Stored] = {}
@@ -145,8 +153,9 @@ def open_hf(path: str | Path) -> HfFolder:
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor to file, from the index; None for a folder with one file."""
+    single = (folder / SINGLE).exists()
     if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
+        if single:
             return None
         raise CheckpointError(
             "the folder holds no safetensors checkpoint",
@@ -171,6 +180,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             expected="file names",
             got=repr(odd[0]),
             fix="write the index again",
+        )
+    if single and SINGLE not in weight_map.values():
+        raise CheckpointError(
+            "the folder holds two checkpoints",
+            where=folder,
+            expected=f"either {SINGLE}, or {INDEX} and the files that it names",
+            got="both; transformers would read the first, other tools the second",
+            fix="remove the one that does not belong here",
         )
     for name in set(weight_map.values()):
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in str(name):

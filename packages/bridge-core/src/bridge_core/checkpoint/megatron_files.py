@@ -51,6 +51,11 @@ def extra_state_object() -> bytes:
     return save_object([None])
 
 
+def has_common(folder: DcpFolder) -> bool:
+    """Whether there is a common state; what other tools write with torch alone has none."""
+    return (folder.path / COMMON_FILE).is_file() or COMMON_STATE_KEY in folder.objects
+
+
 def read_common(folder: str | os.PathLike[str] | DcpFolder) -> dict[str, Any]:
     """The common state, from wherever it is; objects such as `args` come out as `pickles.Inert`, and nothing runs.
 

@@ -103,7 +103,7 @@ def open_megatron(
     """
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
-    model = model_of(folder, hf_config, ignore_options=ignore_options)
+    model = model_of(dcp, hf_config, ignore_options=ignore_options)
     return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config)
 
 
