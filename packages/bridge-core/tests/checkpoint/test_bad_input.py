@@ -298,6 +298,11 @@ def test_a_broken_hf_folder_is_refused(tmp_path, breaks):
     assert isinstance(error, UnsafeCheckpointError) == ("outside" in str(error))
 
 
+def test_the_configuration_is_not_the_folder(tmp_path):
+    hf = write_hf(tmp_path / "hf")
+    refused(lambda: import_ckpt(hf / "config.json", tmp_path / "out"), "in place of a folder", "config.json")
+
+
 @pytest.mark.parametrize(("experts", "words"), [(6, "unexpected 24"), (10, "missing 24")])
 def test_another_number_of_experts_is_refused(tmp_path, experts, words):
     hf = write_hf(tmp_path / "hf", "qwen3_moe")

@@ -123,20 +123,7 @@ def read_dcp(folder: str | os.PathLike[str]) -> DcpFolder:
     """
     root = Path(folder)
     where = root / METADATA_FILE
-    try:
-        raw = where.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            "not a torch_dist checkpoint, or one whose writing did not finish",
-            where=where,
-            expected=f"a folder with {METADATA_FILE}, *.distcp and metadata.json",
-            fix="name the folder iter_XXXXXXX inside the checkpoint",
-        ) from error
-    metadata = p.load_strict(raw, _GLOBALS, where=where)
-    fields = metadata.fields if p.is_call(metadata, _DCP + "metadata.Metadata", _MCORE + "MCoreMetadata") else {}
-    entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
-    if not (isinstance(entries, dict) and isinstance(stored, dict)):
-        raise CheckpointError("no table of contents in it", where=where, got=p.describe(metadata))
+    entries, stored = _table_of_contents(where)
     places = _places(stored, where)
     tensors: dict[str, DcpTensor] = {}
     objects: dict[str, DcpObject] = {}
@@ -158,6 +145,25 @@ def read_dcp(folder: str | os.PathLike[str]) -> DcpFolder:
     found = DcpFolder(root, tensors, objects)
     _check_files(found)
     return found
+
+
+def _table_of_contents(where: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What tensors and objects there are, and where their items lie; as pickled, not checked yet."""
+    try:
+        raw = where.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            "not a torch_dist checkpoint, or one whose writing did not finish",
+            where=where,
+            expected=f"a folder with {METADATA_FILE}, *.distcp and metadata.json",
+            fix="name the folder iter_XXXXXXX inside the checkpoint",
+        ) from error
+    metadata = p.load_strict(raw, _GLOBALS, where=where)
+    fields = metadata.fields if p.is_call(metadata, _DCP + "metadata.Metadata", _MCORE + "MCoreMetadata") else {}
+    entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
+    if not (isinstance(entries, dict) and isinstance(stored, dict)):
+        raise CheckpointError("no table of contents in it", where=where, got=p.describe(metadata))
+    return entries, stored
 
 
 def _places(stored: Mapping[Any, Any], where: Path) -> _Places:

@@ -173,14 +173,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             got=f"{weight_map!r:.80}",
             fix=_AGAIN,
         )
-    if odd := [name for name in weight_map.values() if not isinstance(name, str) or name in ("", ".") or "\0" in name]:
-        raise CheckpointError(
-            "the index names something that is no file",
-            where=folder / INDEX,
-            expected="file names",
-            got=repr(odd[0]),
-            fix="write the index again",
-        )
+    _check_file_names(folder, weight_map)
     if single and SINGLE not in weight_map.values():
         raise CheckpointError(
             "the folder holds two checkpoints",
@@ -188,6 +181,19 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             expected=f"either {SINGLE}, or {INDEX} and the files that it names",
             got="both; transformers would read the first, other tools the second",
             fix="remove the one that does not belong here",
+        )
+    return weight_map
+
+
+def _check_file_names(folder: Path, weight_map: dict[str, str]) -> None:
+    """An index names files, and only inside its folder."""
+    if odd := [name for name in weight_map.values() if not isinstance(name, str) or name in ("", ".") or "\0" in name]:
+        raise CheckpointError(
+            "the index names something that is no file",
+            where=folder / INDEX,
+            expected="file names",
+            got=repr(odd[0]),
+            fix="write the index again",
         )
     for name in set(weight_map.values()):
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in str(name):
@@ -198,7 +204,6 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
                 got=name,
                 fix="do not use this checkpoint",
             )
-    return weight_map
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], files: dict[str, list[str]]) -> None:

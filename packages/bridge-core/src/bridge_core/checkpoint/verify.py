@@ -153,18 +153,10 @@ def verify(
     first, second = _open_both(Path(a), Path(b))
     wanted_a, wanted_b = (_wanted(side.tensors, names) for side in (first, second))
     if not wanted_a and not wanted_b:
-        raise CoverageError(
-            "no tensor of the checkpoints is to be compared",
-            where=f"{a}, {b}",
-            expected=f"a tensor whose name matches {preview(names)}",
-            got=f"names such as {preview(first.tensors, limit=2)}",
-            fix="mend the patterns, or leave them out to compare everything",
-        )
+        raise _nothing_to_compare(f"{a}, {b}", names, first)
     found, ignored = _compare_headers(first, second, wanted_a, wanted_b)
     unlike = {difference.name for difference in found}
-    same = [name for name in wanted_a if name in wanted_b and name not in unlike]
-    jobs_a, jobs_b = first.jobs(), second.jobs()
-    pairs = {name: (jobs_a[name], jobs_b[name]) for name in same}
+    pairs = _pairs(first, second, [name for name in wanted_a if name in wanted_b and name not in unlike])
     nbytes = sum(job.target.nbytes for job, _ in pairs.values())
     if on_total:
         on_total(nbytes)
@@ -174,7 +166,7 @@ def verify(
         a=Path(a),
         b=Path(b),
         kinds=(first.kind, second.kind),
-        tensors=len(same),
+        tensors=len(pairs),
         nbytes=nbytes,
         counts={kind: counts[kind] for kind in KINDS if counts[kind]},
         differences=tuple(d for kind in KINDS for d in [d for d in found if d.kind == kind][:limit]),
@@ -251,6 +243,22 @@ def _open_megatron(path: Path, hf_config: Mapping[str, Any] | None) -> MegatronF
 
 def _wanted(tensors: Mapping[str, object], names: Sequence[str]) -> dict[str, None]:
     return {name: None for name in tensors if not names or any(fnmatchcase(name, pattern) for pattern in names)}
+
+
+def _nothing_to_compare(where: str, names: Sequence[str], side: _Side) -> CoverageError:
+    return CoverageError(
+        "no tensor of the checkpoints is to be compared",
+        where=where,
+        expected=f"a tensor whose name matches {preview(names)}" if names else "checkpoints that hold tensors",
+        got=f"names such as {preview(side.tensors, limit=2)}" if side.tensors else "no tensors",
+        fix="mend the patterns, or leave them out to compare everything" if names else "check the paths",
+    )
+
+
+def _pairs(a: _Side, b: _Side, names: Sequence[str]) -> dict[str, tuple[Job, Job]]:
+    """The jobs that would make each tensor from either side."""
+    jobs_a, jobs_b = a.jobs(), b.jobs()
+    return {name: (jobs_a[name], jobs_b[name]) for name in names}
 
 
 # --- Comparing ------------------------------------------------------------------------------------
