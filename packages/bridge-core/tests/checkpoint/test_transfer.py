@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tracemalloc
 from math import prod
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from bridge_core.checkpoint import transfer as module
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, share, transfer
+from bridge_core.dtypes import numpy_dtype
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Piece, View
 
@@ -109,6 +111,39 @@ def test_a_cast_is_the_nearest_value_and_bounded_blocks_change_nothing(tmp_path,
     assert run(tmp_path, jobs) == whole
     data = np.frombuffer(whole, np.float32, 32, offset=5)
     assert np.array_equal(np.sort(data), np.sort(values[:32].astype(np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "value"),
+    [
+        ("F32", "F16", 65520.0),
+        ("BF16", "F16", 1e6),
+        ("F32", "BF16", 3.4e38),
+        ("F64", "BF16", 1e39),
+        ("F64", "F32", -1e39),
+    ],
+)
+def test_a_value_beyond_the_new_range_is_named(tmp_path, source, target, value):
+    """Beside values that are large and fit, and others that were not finite before."""
+    largest = (
+        65280.0
+        if source == "BF16"
+        else {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}[target]
+    )
+    for bad in (value, 1.0):
+        values = np.array([bad, largest, -largest, np.inf, np.nan]).astype(numpy_dtype(source))
+        values.tofile(tmp_path / "source")
+        view = View("t", 0, (1,))
+        stored = Stored(str(tmp_path / "source"), 0, source, (5,))
+        job = Job(Stored(str(tmp_path / "target"), 0, target, (5,)), ((stored, Piece((5,), view, view)),))
+        if bad == value:
+            with pytest.raises(
+                CheckpointError,
+                match=rf"do not fit[\s\S]*source[\s\S]*1 larger[\s\S]*{re.escape(str(float(values[0])))}",
+            ):
+                run(tmp_path, [job])
+        else:
+            assert run(tmp_path, [job]) == values.astype(numpy_dtype(target)).tobytes()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import product
-from math import prod
+from math import inf, prod
 from operator import itemgetter
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
@@ -256,25 +256,33 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
         for source, piece in parts:
             view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
             values = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 view[...] = values
-            if job.target.dtype == "F16" != source.dtype:
-                _check_range(view, values, source)
+                if _LARGEST.get(job.target.dtype, inf) < _LARGEST.get(source.dtype, inf):
+                    _check_range(view, values, job.target.dtype, source)
         yield first, buffer
 
 
-def _check_range(view: np.ndarray, values: np.ndarray, source: Stored) -> None:
-    """fp16 ends at 65504: a value beyond it would become infinite in silence."""
+# The largest finite value of each floating-point type that may be asked for.
+_LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**104}
+
+
+def _check_range(view: np.ndarray, values: np.ndarray, dtype: str, source: Stored) -> None:
+    """A value beyond the range of the new dtype would become infinite in silence."""
     import numpy as np
 
-    lost = ~np.isfinite(view) & np.isfinite(values.astype(np.float32))
+    largest = _LARGEST[dtype]
+    if not values.size or -largest <= values.min() <= values.max() <= largest:
+        return  # nearly always; NaN fails the comparison
+    lost = ~np.isfinite(view) & np.isfinite(values)
     if lost.any():
+        name = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}[dtype]
         raise CheckpointError(
-            "values do not fit into fp16",
+            f"values do not fit into {name}",
             where=f"{source.path}, tensor at byte {source.offset}",
-            expected="absolute values of at most 65504",
+            expected=f"absolute values of at most {largest:.6g}",
             got=f"{int(lost.sum())} larger one(s), such as {float(values[lost].flat[0])}",
-            fix="convert to bf16 instead",
+            fix="convert to bf16 instead" if dtype == "F16" else "keep the dtype that the tensors have",
         )
 
 
