@@ -180,7 +180,7 @@ class Wired:
                 (dtype,) = dtypes
                 for tensor in entry.hf:
                     found[fill(tensor.name, layer, expert)] = dtype
-        return found
+        return found | {name: found[copy.of] for name, copy in self.plan.copies.items()}
 
     def chunks(self, place: Place) -> list[DcpChunk]:
         """The chunks that hold parts of a place."""
@@ -260,7 +260,7 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> lis
                             parts[back.target.tensor].append((item, back))
                             if entry.shift:
                                 shifts[back.target.tensor] = -entry.shift
-    for name, copy in plan.written_copies.items():
+    for name, copy in plan.copies.items():
         parts[name] = parts[copy.of]  # the names in pieces are not looked at
     paths = {file.name: str(folder / file.name) for file in layout.files}
     return [

@@ -172,7 +172,7 @@ def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, 
     for entry in entries:
         dtype = main if entry.dtype is None else _one(by_entry[entry.name], entry.name, held)
         dtypes |= {name: dtype for name, _ in entry.hf_names()}
-    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.written_copies.items()}
+    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.copies.items()}
 
 
 def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:

@@ -145,8 +145,9 @@ class _Writer:
             for name, (offset, dtype, _) in file.tensors.items()
         }
         self._places = {name: [place] for name, place in places.items()}
-        for name, copy in live.plan.written_copies.items():
-            self._places[copy.of].append(places[name])
+        for name, copy in live.plan.copies.items():
+            if name in places:
+                self._places[copy.of].append(places[name])
         self._failure: Exception | None = None
 
     def run(self) -> None:
