@@ -351,7 +351,7 @@ def copy_run(source: int, source_offset: int, target: int, target_offset: int, n
     """Copy a range of bytes between open files: in the kernel where the file system can, else through a buffer.
 
     Raises:
-        CheckpointError: the source ended before `nbytes` were read.
+        CheckpointError: the source ended before `nbytes` were read, or the file system gave no byte of it.
     """
     while nbytes:
         try:
@@ -360,6 +360,14 @@ def copy_run(source: int, source_offset: int, target: int, target_offset: int, n
             if error.errno not in _NOT_BY_KERNEL:
                 raise
             count = write_all(target, os.pread(source, min(nbytes, STAGING), source_offset), target_offset)
+        if count == 0 and os.fstat(source).st_size >= source_offset + nbytes:
+            raise CheckpointError(
+                "the file system copied nothing, although the file goes on",
+                where=where,
+                expected=f"{nbytes} more bytes at offset {source_offset}",
+                got=f"0 bytes of a file of {os.fstat(source).st_size}",
+                fix="copy the source or choose an output on another file system",
+            )
         if count == 0:
             raise CheckpointError(
                 "a file ended while it was being read",

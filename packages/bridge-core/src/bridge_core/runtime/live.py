@@ -144,16 +144,22 @@ def replica_of(live: LiveModel, shard: Shard) -> int:
 
     The last stage's copy of a tied embedding comes after all those of the first stage.
     """
-    layout, coords = live.plan.layout, live.plan.layout.coords(live.rank)
-    entry = live.plan.entry(shard.entry)
+    number, copies = copy_of(live.plan, live.rank, shard)
+    return number + (copies if is_second_copy(shard) else 0)
+
+
+def copy_of(plan: Plan, rank: int, shard: Shard) -> tuple[int, int]:
+    """The number of a rank's copy of a shard among those on its pipeline stage, and how many there are."""
+    layout, coords = plan.layout, plan.layout.coords(rank)
+    entry = plan.entry(shard.entry)
     if entry.is_expert:
         number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
     else:
         number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
         axis, size = coords.tp, layout.tp
-    if entry.split is None:
+    if entry.split is None:  # every tensor-parallel rank holds all of it
         number, copies = number * size + axis, copies * size
-    return number + (copies if is_second_copy(shard) else 0)
+    return number, copies
 
 
 def is_second_copy(shard: Shard) -> bool:
