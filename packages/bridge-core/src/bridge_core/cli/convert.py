@@ -28,6 +28,7 @@ Overwrite = Annotated[
     bool, "Replace an output folder that holds something; it stays as it is until the new one is finished."
 ]
 Threads = Annotated[int, "Copies in flight at a time, in each process."]
+Rendezvous = Annotated[float, "Minutes to wait under torchrun until all processes are there."]
 Json = Annotated[bool, "Print the report as JSON."]
 
 
@@ -40,6 +41,7 @@ class Import:
     dtype: DType = None
     overwrite: Overwrite = False
     threads: Threads = 2
+    rendezvous_minutes: Rendezvous = 10.0
     ignore_option: Annotated[
         tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
     ] = ()
@@ -77,6 +79,7 @@ class Export:
     dtype: DType = None
     overwrite: Overwrite = False
     threads: Threads = 2
+    rendezvous_minutes: Rendezvous = 10.0
     json: Json = False
 
     def run(self) -> int:
@@ -105,7 +108,7 @@ Run = Callable[["Options", Callable[[int], None]], "Report"]
 def _convert(done: str, verb: Import | Export, convert: Run) -> int:
     from bridge_core.checkpoint.convert import Options
 
-    with _workers() as workers:
+    with _workers(verb.rendezvous_minutes) as workers:
         started = time.perf_counter()
         with bar(done.removesuffix("ed"), workers=workers.size, quiet=workers.rank > 0) as shown:
             options = Options(
@@ -123,12 +126,14 @@ def _convert(done: str, verb: Import | Export, convert: Run) -> int:
 
 
 @contextmanager
-def _workers() -> Iterator[Workers]:
+def _workers(rendezvous_minutes: float) -> Iterator[Workers]:
     """This process alone, or under torchrun all that it started."""
     from bridge_core.checkpoint.convert import Alone
     from bridge_core.runtime.workers import torchrun_workers, world_size
 
-    with torchrun_workers() if world_size() > 1 else nullcontext(Alone()) as workers:
+    with (
+        torchrun_workers(rendezvous_minutes=rendezvous_minutes) if world_size() > 1 else nullcontext(Alone()) as workers
+    ):
         yield workers
 
 
