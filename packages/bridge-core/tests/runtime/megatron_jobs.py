@@ -119,7 +119,11 @@ def fail(path: str, layout: dict[str, Any], verb: str, place: str, rank: int, fo
 
 @contextmanager
 def _fault(verb: str, place: str):
-    """Break megatron-core's save or load: before its first collective, where it moves bytes, or by a kill."""
+    """Break megatron-core's save or load: before its first collective, where it moves bytes, or by a kill.
+
+    The kill is where the others wait for this rank: while bytes move, mcore starts processes of its own, which can
+    take longer than a pool waits for the ranks that are left.
+    """
     import os
     import signal
     from unittest.mock import patch
@@ -139,6 +143,6 @@ def _fault(verb: str, place: str):
         if verb == "save"
         else (dcp.FileSystemReader, "read_data")
     )
-    where = (dist_checkpointing, verb) if place == "start" else moving
+    where = moving if place == "moving" else (dist_checkpointing, verb)
     with patch.object(*where, die if place == "killed" else full):
         yield

@@ -2,7 +2,7 @@
 
 Every rank sends what it holds of a file to the file's owner. That goes in rounds, one all-to-all each, in which all
 owners get the next blocks of their files, in the files' order; so an owner writes from front to back. All blocks of
-a round together have at most `bucket_bytes`, which bounds what any rank stages, as a sender or as an owner, whatever
+a round together have at most `bucket_bytes`, which bounds what any rank sends, and what any owner receives, whatever
 the layout. Who sends what follows from the plan: nothing but weights, and a word on failures, is exchanged.
 """
 

@@ -87,7 +87,8 @@ def save_hf_pretrained(
         one_writer_per_file: every weight file is made and written by one rank, to which the others send their
             parts: for file systems that cannot take writes from several nodes to one file. With fewer files than
             ranks, the others only send; a smaller `max_shard_size` makes more files.
-        bucket_bytes: bytes of all tensors that travel at a time with `one_writer_per_file`; what a rank stages.
+        bucket_bytes: bytes of all tensors that travel at a time with `one_writer_per_file`. A rank stages at most
+            about twice that: what it sends, what it received, and the block that it writes.
         groups: process groups of the model; by default those it was built with.
         group: all ranks of the model; by default torch's default group.
 
