@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_cases import PAIRS, calibration, same_bytes, weights
 
+from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Box
 
 
@@ -97,8 +98,6 @@ def test_the_manifest_is_what_is_packed(name, writer):
         packed = pack(weight, calibration(format, weight), format=format, writer=writer)
         specs = format.tensors(writer, (128, 384), label)
         assert [spec.suffix for spec in specs] == list(packed)
-        from bridge_core.dtypes import dtype_of
-
         for spec in specs:
             found = packed[spec.suffix]
             assert (dtype_of(spec.dtype).torch, spec.shape) == (str(found.dtype)[6:], tuple(found.shape))
@@ -134,7 +133,8 @@ def test_values_are_near_the_weight(name, writer):
     error = (values - weight).abs()
     if "fp4" in name:
         reach = weight.abs().view(128, -1, 16 if "nv" in name else 32).amax(-1, keepdim=True)
-        assert (error.view(128, -1, reach.shape[1] and 512 // reach.shape[1]) <= 0.36 * reach + 1e-6).all()
+        # The widest step is from 4 to 6; scales of powers of two leave up to half of the codes unused.
+        assert (error.view(128, reach.shape[1], -1) <= (0.18 if "nv" in name else 0.34) * reach).all()
         return
     largest = {"fp8": 448, "mxfp8": 448, "int8": 127, "int4": 7, "w4a8": 7}
     kind = next(kind for kind in sorted(bound, key=len, reverse=True) if name.startswith(kind))
@@ -168,9 +168,9 @@ def test_packing_leaves_the_weight_alone():
 def test_a_weight_that_is_no_contiguous_tensor():
     for name, writer in PAIRS:
         format = format_of(name)
-        wide = weights(256, 128).T
-        assert not wide.is_contiguous()
-        known = calibration(format, wide)
-        ours = pack(wide, known, format=format, writer=writer)
-        plain = pack(wide.contiguous(), known, format=format, writer=writer)
-        assert all(same_bytes(ours[suffix], plain[suffix]) for suffix in plain), name
+        for wide in (weights(256, 128).T, weights(128, 512, dtype=torch.float32)[:, 128:384]):
+            assert not wide.is_contiguous()
+            known = calibration(format, wide)
+            ours = pack(wide, known, format=format, writer=writer)
+            plain = pack(wide.contiguous(), known, format=format, writer=writer)
+            assert all(same_bytes(ours[suffix], plain[suffix]) for suffix in plain), name

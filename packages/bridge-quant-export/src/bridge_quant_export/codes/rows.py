@@ -27,7 +27,7 @@ def row_runs(weight: Tensor, *, step: int = 1) -> Iterator[tuple[slice, Tensor]]
     budget = _ELEMENTS.get(weight.device.type, _ELEMENTS_ELSEWHERE)
     height = max(1, budget // (width * step)) * step
     for start in range(0, count, height):
-        run = weight[start : start + height].float()
+        run = weight[start : start + height].float().contiguous()
         # A sum is the cheapest pass that any NaN or infinity survives. It may overflow on its own, though.
         if not torch.isfinite(run.sum()) and not torch.isfinite(run).all():
             raise FormatError(

@@ -36,12 +36,22 @@ _SCALED_INPUTS = {"has_zero_point": False, "pre_quant_scale": True}
 
 _FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
-# What stands in `config_groups`; formats without an entry have none when they are the only one.
+_INT4 = {"dynamic": False, "num_bits": 4, "type": "int"}
+_MXFP8 = {**_FP8, "group_size": 32}
+# What stands in `config_groups`. Readers of this format go by `quant_algo`; SGLang takes NVFP4's group size from here.
 _GROUPS: dict[str, dict[str, Any]] = {
     "fp8": {"input_activations": _FP8, "weights": _FP8},
+    "fp8_channel": {"input_activations": _FP8, "weights": {**_FP8, "strategy": "channel"}},
     "nvfp4": {"input_activations": _FP4, "weights": _FP4},
     "w4a16_nvfp4": {"weights": _FP4},
+    "w4a8_mxfp4_fp8": {"input_activations": _FP8, "weights": {**_FP4, "group_size": 32}},
+    "mxfp8": {"input_activations": _MXFP8, "weights": _MXFP8},
+    "int4_awq": {"weights": _INT4},
+    "w4a8_awq": {"input_activations": _FP8, "weights": _INT4},
+    "int8_weight_only": {"weights": {"dynamic": False, "num_bits": 8, "type": "int"}},
 }
+# The formats for which ModelOpt writes a group when all layers have one format.
+_ALONE = ("fp8", "nvfp4", "w4a16_nvfp4")
 
 
 def layer_entry(format: Format) -> dict[str, Any]:
@@ -106,8 +116,8 @@ def _inline(quantization: dict[str, Any], layers: QuantizedLayers, producer: dic
             for index, (format, names) in enumerate(layers.formats.items())
         }
         found["quantized_layers"] = quantization["quantized_layers"]
-    elif group := _group(next(iter(layers.formats))):
-        found["config_groups"] = {"group_0": {**group, "targets": ["Linear"]}}
+    elif (format := next(iter(layers.formats))).name in _ALONE:
+        found["config_groups"] = {"group_0": {**_group(format), "targets": ["Linear"]}}
     found["ignore"] = quantization["exclude_modules"]
     found["quant_algo"] = quantization["quant_algo"]
     if layers.fp8_kv_cache:
@@ -118,7 +128,10 @@ def _inline(quantization: dict[str, Any], layers: QuantizedLayers, producer: dic
 
 
 def _group(format: Format) -> dict[str, Any]:
-    return {operand: dict(args) for operand, args in _GROUPS.get(format.name, {}).items()}
+    group = {operand: dict(args) for operand, args in _GROUPS.get(format.name, {}).items()}
+    if format.name in ("int4_awq", "w4a8_awq"):
+        group["weights"]["group_size"] = format.group_size
+    return group
 
 
 def _check_shadows(layers: QuantizedLayers) -> None:
