@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def nearest(value):
 
 
 def test_e2m1_at_codes_ties_and_their_neighbours():
-    points = [*FP4, *((low + high) / 2 for low, high in zip(FP4, FP4[1:], strict=False)), 6.5, 7.0, 1e30, 1e-45]
+    points = [*FP4, *((low + high) / 2 for low, high in pairwise(FP4)), 6.5, 7.0, 1e30, 1e-45]
     points = torch.tensor(points)
     infinity = torch.tensor(math.inf)
     values = torch.cat([points, points.nextafter(infinity), points.nextafter(-infinity).clamp(min=0)])

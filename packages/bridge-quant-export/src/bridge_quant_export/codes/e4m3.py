@@ -13,6 +13,6 @@ TINY = 2.0**-9
 def encode(values: Tensor) -> Tensor:
     """The nearest codes (ties to even) of fp32 values; what is out of range becomes the largest number.
 
-    torch's own cast makes NaN of anything beyond 464.
+    Clipped here: some versions of torch make NaN of anything beyond 464 when they cast, others clip.
     """
     return values.clamp(-MAX, MAX).to(torch.float8_e4m3fn)

@@ -1,8 +1,8 @@
 """FP8, one scale for the whole tensor: E4M3 codes, fp32 scale = range / 448, a static scale for the input.
 
 Tensors: ModelOpt 0.47, export/quant_utils.py (`to_quantized_weight`, `get_scaling_factor`); compressed-tensors 0.20,
-compressors/naive_quantized, strategy `tensor`. ModelOpt divides in the dtype of the weight; in bf16 that rounds
-twice and moves about 2% of the codes. Here the division is in fp32.
+compressors/naive_quantized, strategy `tensor`. ModelOpt's Megatron exporter divides in the dtype of the weight; in bf16
+that rounds twice and moves about 2% of the codes. Here the division is in fp32.
 """
 
 from __future__ import annotations
