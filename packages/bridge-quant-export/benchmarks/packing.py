@@ -21,12 +21,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from bridge_quant_export.formats import FORMATS, format_of
-from bridge_quant_export.formats.format import Calibration, Format
-from bridge_quant_export.formats.packing import check_calibration
 from torch import Tensor
 
 from bridge_core.extras import require
+from bridge_quant_export.formats import FORMATS, format_of
+from bridge_quant_export.formats.format import Calibration, Format
+from bridge_quant_export.formats.packing import check_calibration
 
 # ModelOpt's names; without one it has no function for the format.
 _THEIRS = {
@@ -85,9 +85,9 @@ def compare(name: str, weight: Tensor, rounds: int) -> dict[str, float]:
         call()
     for _ in range(rounds):
         for side, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(time.process_time() - start)
     size = weight.numel() * weight.element_size() / 1e6
     found = {side: size / median(taken) for side, taken in seconds.items()}
     return {**found, "ratio": found["ours"] / found["theirs"]}

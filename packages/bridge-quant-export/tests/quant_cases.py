@@ -1,6 +1,7 @@
 """Weights and calibrations for tests: every value distinct, ranges found by plain reductions."""
 
 import torch
+
 from bridge_quant_export.formats import FORMATS
 from bridge_quant_export.formats.format import Calibration
 

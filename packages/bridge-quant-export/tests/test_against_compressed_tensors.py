@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from quant_cases import PAIRS, calibration, same_bytes, weights
+
 from bridge_quant_export.configs.compressed_tensors import SCHEMES, scheme_of
 from bridge_quant_export.formats import format_of
 from bridge_quant_export.formats.packing import pack, unpack
-from quant_cases import PAIRS, calibration, same_bytes, weights
 
 compressors = pytest.importorskip(
     "compressed_tensors.compressors", reason="needs the extra bridge-quant-export[compressed-tensors]"

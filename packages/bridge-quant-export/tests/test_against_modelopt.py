@@ -7,12 +7,13 @@ import copy
 
 import pytest
 import torch
+from quant_cases import same_bytes, weights
+from torch import nn
+
 from bridge_quant_export.errors import CalibrationError
 from bridge_quant_export.formats import format_of
 from bridge_quant_export.formats.format import Calibration
 from bridge_quant_export.formats.packing import pack, unpack
-from quant_cases import same_bytes, weights
-from torch import nn
 
 mtq = pytest.importorskip("modelopt.torch.quantization", reason="needs the extra bridge-quant-export[modelopt]")
 quant_utils = pytest.importorskip("modelopt.torch.export.quant_utils")

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from bridge_quant_export.codes import e2m1, e4m3, e8m0
 from bridge_quant_export.codes.rows import block_amax, row_runs
 from bridge_quant_export.formats.encodings import ENCODINGS

@@ -1,14 +1,14 @@
 """Configurations against those of ModelOpt and the models of compressed-tensors, and against what readers look for."""
 
 import pytest
+from quant_cases import PAIRS
+
+from bridge_core.errors import ConfigError
 from bridge_quant_export.configs import compressed_tensors, modelopt
 from bridge_quant_export.configs.layers import QuantizedLayers
 from bridge_quant_export.errors import FormatError
 from bridge_quant_export.formats import FORMATS, format_of
 from bridge_quant_export.readers import READERS, readers_of
-from quant_cases import PAIRS
-
-from bridge_core.errors import ConfigError
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 EXPERTS = [f"mlp.experts.{expert}.{part}" for expert in range(12) for part in ("gate_proj", "up_proj", "down_proj")]

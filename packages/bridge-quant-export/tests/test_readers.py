@@ -1,12 +1,13 @@
 """What would be written against what loaders require, which was written down from their sources."""
 
 import pytest
+from quant_cases import PAIRS
+
 from bridge_quant_export.errors import FormatError
 from bridge_quant_export.formats import FORMATS, format_of
 from bridge_quant_export.formats.format import WRITERS, TensorSpec
 from bridge_quant_export.readers import READERS, check_mixture, check_writable, readers_of
 from bridge_quant_export.readers.reader import misfits
-from quant_cases import PAIRS
 
 READ = [(reader, writer, name) for reader, found in READERS.items() for writer, name in found.reads]
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quant_cases import PAIRS, calibration, weights
+
 from bridge_quant_export.errors import CalibrationError, FormatError
 from bridge_quant_export.formats import FORMATS, format_of
 from bridge_quant_export.formats.format import Calibration
 from bridge_quant_export.formats.kv_cache import pack_kv
 from bridge_quant_export.formats.packing import pack, unpack
-from quant_cases import PAIRS, calibration, weights
 
 RANGES = [
     (name, writer, field)

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from bridge_quant_export.errors import FormatError
-from bridge_quant_export.formats import format_of
-from bridge_quant_export.formats.format import COLS, ROWS, Calibration
-from bridge_quant_export.formats.packing import pack, recode, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_cases import PAIRS, calibration, same_bytes, weights
 
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Box
+from bridge_quant_export.errors import FormatError
+from bridge_quant_export.formats import format_of
+from bridge_quant_export.formats.format import COLS, ROWS, Calibration
+from bridge_quant_export.formats.packing import pack, recode, unpack
 
 
 def part(known, format, shape, box):

@@ -19,7 +19,8 @@ def encode(values: Tensor) -> Tensor:
 
     `values` is used as working memory. Values beyond 6 become 6, zero is always positive.
     """
-    signs = (values < 0).view(torch.uint8)
+    # Adding zero makes -0 a +0; then the highest bit is the sign of what is below zero.
+    signs = (values.add_(0.0).view(torch.int32) >> 28) & 8
     size = values.abs_().clamp_(max=MAX)
     # Three evenly spaced stretches (steps of 1/2, 1 and 2), each rounded as if it were the only one and numbered so
     # that it continues the one below. Outside its own stretch each gives too much, so the least is right; and each
@@ -27,7 +28,7 @@ def encode(values: Tensor) -> Tensor:
     index = (size * 2).round_()
     torch.minimum(index, size.round().add_(2), out=index)
     torch.minimum(index, size.mul_(0.5).round_().add_(4), out=index)
-    return pair(index.to(torch.uint8) | (signs << 3))
+    return pair((index.int() | signs).to(torch.uint8))
 
 
 def pair(nibbles: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,16 @@ TINY = 2.0**-9
 """The smallest number above zero."""
 
 
-def encode(values: Tensor) -> Tensor:
-    """The nearest codes (ties to even) of fp32 values; what is out of range becomes the largest number.
+@cache
+def _cast_clips(device: torch.device) -> bool:
+    """Whether torch's own cast clips: some versions make NaN of anything beyond 464."""
+    # As many as its vectorised loops take at a time, and one more for the loop over the rest.
+    beyond = torch.tensor([1e4, -1e4, 500.0] * 43, device=device).to(torch.float8_e4m3fn).float()
+    return bool((beyond.abs() == MAX).all())
 
-    Clipped here: some versions of torch make NaN of anything beyond 464 when they cast, others clip.
-    """
-    return values.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+
+def encode(values: Tensor) -> Tensor:
+    """The nearest codes (ties to even) of fp32 values; what is out of range becomes the largest number."""
+    if not _cast_clips(values.device):
+        values = values.clamp(-MAX, MAX)
+    return values.to(torch.float8_e4m3fn)
