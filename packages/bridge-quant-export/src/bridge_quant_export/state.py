@@ -83,7 +83,7 @@ def read_layer(
         FormatError: quantised in a way that no format stores; says in which.
         CalibrationError: the number of ranges does not fit the weight.
     """
-    quantizer = getattr(layer, "weight_quantizer", None)
+    quantizer: Any = getattr(layer, "weight_quantizer", None)
     if isinstance(quantizer, nn.ModuleList):
         if index is None:
             raise FormatError("a grouped layer has a quantiser for each weight", where=where, expected="an index")

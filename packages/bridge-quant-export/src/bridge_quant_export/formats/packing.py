@@ -144,7 +144,7 @@ def check_calibration(calibration: Calibration, format: Format, weight: Tensor, 
         CalibrationError: a range is missing, superfluous, misshapen, zero, negative or not finite.
     """
     shape = tuple(weight.shape)
-    wanted = {name: () for name in format.needs if name != "pre_quant_scale"}
+    wanted: dict[str, Shape] = {name: () for name in format.needs if name != "pre_quant_scale"}
     if "pre_quant_scale" in format.needs:
         wanted["pre_quant_scale"] = (cols().length(shape),)
     if format.amax is not None:
