@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Helpers are imported by name, here and in the rank processes, which inherit this path.
+# Helpers are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # The first example of a property may pay for importing torch; a deadline would blame the property.
@@ -14,19 +14,3 @@ settings.register_profile("bridge", deadline=None)
 settings.load_profile("bridge")
 
 pytest.importorskip("torch", reason="packing needs the extra bridge-quant-export[torch]")
-
-
-@pytest.fixture(scope="session")
-def rank_pool():
-    """Two gloo ranks on this machine, started by the first test that runs a job on them."""
-    from bridge_core.testing.ranks import RankPool
-
-    with RankPool(2) as pool:
-        yield pool
-
-
-def pytest_collection_modifyitems(items):
-    """Whatever uses the pool is marked `ranks`."""
-    for item in items:
-        if "rank_pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.ranks)
