@@ -209,12 +209,3 @@ def test_shares_are_disjoint_complete_and_in_order(sizes, workers):
     if sizes and max(sizes, default=0):
         biggest = max(sum(prod(job.target.shape) for job in part) for part in shares)
         assert biggest <= sum(sizes) / workers + max(sizes)
-
-
-def test_a_file_system_that_copies_nothing_is_not_taken_for_the_end_of_a_file(tmp_path, monkeypatch):
-    np.arange(64, dtype=np.uint16).tofile(tmp_path / "source")
-    jobs = fused_jobs(str(tmp_path / "source"), str(tmp_path / "target"), 2, 4)
-    (tmp_path / "target").write_bytes(bytes(1000))
-    monkeypatch.setattr(os, "copy_file_range", lambda *arguments: 0)
-    with pytest.raises(CheckpointError, match=r"copied nothing[\s\S]*source[\s\S]*0 bytes of a file of 128"):
-        transfer(jobs, kernel_run=1)
