@@ -28,6 +28,21 @@ BASE = {
     "tie_word_embeddings": False,
 }
 MOE = {"num_experts_per_tok": 2}
+TEXT = {name: value for name, value in BASE.items() if name != "tie_word_embeddings"}
+VISION = {
+    "depth": 3,
+    "hidden_size": 16,
+    "num_heads": 8,
+    "intermediate_size": 24,
+    "in_channels": 3,
+    "patch_size": 2,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 12,
+    "num_position_embeddings": 9,
+    "deepstack_visual_indexes": [0, 2],
+}
+IMAGES = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
 
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
@@ -46,6 +61,18 @@ CONFIGS = {
         "mlp_only_layers": [0, 2],
     },
     "mixtral": BASE | MOE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+    "qwen3_vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "text_config": TEXT,
+        "vision_config": VISION,
+        **IMAGES,
+    },
+    "qwen3_vl_moe": {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": TEXT | MOE | {"num_experts": 8, "moe_intermediate_size": 8},
+        "vision_config": VISION,
+        **IMAGES,
+    },
 }
 
 
@@ -57,7 +84,7 @@ def make_plan(config: dict, layout: ParallelLayout, **options) -> Plan:
 @st.composite
 def layouts(draw, config: dict):
     """Layouts that the configuration admits, uneven pipelines and all."""
-    moe = "num_experts_per_tok" in config
+    moe = "num_experts_per_tok" in config.get("text_config", config)
     pp = draw(st.sampled_from([1, 2, 4]))
     options = {
         "tp": draw(st.sampled_from([1, 2, 4, 8])),

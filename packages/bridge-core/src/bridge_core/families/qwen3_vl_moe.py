@@ -73,7 +73,7 @@ FAMILY = Family(
     fields=(*TEXT_FIELDS, *qwen3_moe.EXPERT_FIELDS),
     # Its router always divides by the sum of the chosen (transformers 5.23, `Qwen3VLMoeTextTopKRouter`).
     fixed={"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True},
-    megatron={**RMS_SWIGLU, **MOE, "add_qkv_bias": False, "qk_layernorm": True},
+    megatron={**RMS_SWIGLU, "position_embedding_type": "mrope", **MOE, "add_qkv_bias": False, "qk_layernorm": True},
     reads=(read_mrope, read_full_attention, read_moe),
     writes=(write_mrope, write_options),
     handled=ROPE_OPTIONS | WINDOW_OPTIONS | qwen3_moe.EXPERT_OPTIONS | {"tie_word_embeddings"},
