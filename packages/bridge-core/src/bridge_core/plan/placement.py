@@ -85,6 +85,6 @@ def _check_heads(name: str, heads: int, tp: int) -> None:
             "attention heads do not divide over the tensor-parallel ranks",
             where=name,
             expected=f"a multiple of tp={tp}",
-            got=heads,
+            got=f"{heads} heads",
             fix=f"choose a tp that divides {heads}",
         )
