@@ -96,8 +96,9 @@ def prediction_layers(model: PreTrainedModel) -> tuple[Tensors, dict[str, Any]]:
         layer = _decoder(model, num_hidden_layers=1, first_k_dense_replace=0)[0]
         joint["shared_head.norm"] = (width,)
         layer |= {f"{name}.weight": _ramp(name, *shape) for name, shape in joint.items()}
-        layer["embed_tokens.weight"] = model.get_input_embeddings().weight
-        layer["shared_head.head.weight"] = model.get_output_embeddings().weight
+        weights = model.state_dict()
+        layer["embed_tokens.weight"] = weights["model.embed_tokens.weight"]
+        layer["shared_head.head.weight"] = weights["lm_head.weight"]
         prefix = f"model.layers.{text.num_hidden_layers}"
         return {f"{prefix}.{name}": tensor for name, tensor in layer.items()}, {"num_nextn_predict_layers": 1}
     return {}, {}
