@@ -1,4 +1,4 @@
-"""Nemotron-H and Nemotron 3: Mamba-2, attention and (latent) experts, one mixer per layer, as Megatron's HybridModel."""
+"""Nemotron-H and Nemotron 3: Mamba-2, attention and (latent) experts, one per layer; Megatron's HybridModel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTPUT: Table = {"output_layer.weight": Vocab("lm_head.weight", "vocab", "hidden
 
 
 def mamba(at: str, hf: str) -> Table:
-    """A Mamba-2 layer. Segments of `in_proj` and of the convolution: gate z, input x, B and C by group, time step dt."""
+    """A Mamba-2 layer: gate z, input x, B and C by group, time step dt; x, B and C go through the convolution."""
     mixer, theirs = f"{at}.mixer", f"{hf}.mixer"
     return {
         f"{mixer}.in_proj.layer_norm_weight": Replicated(f"{hf}.norm.weight", "hidden"),
@@ -90,7 +90,8 @@ def moe(at: str, hf: str) -> Table:
 
 def latent_moe(at: str, hf: str) -> Table:
     """The same, with the projections to `latent` features and back."""
-    return moe(at, hf) | {
+    return {
+        **moe(at, hf),
         f"{at}.mlp.fc1_latent_proj.weight": Replicated(f"{hf}.mixer.fc1_latent_proj.weight", "latent", "hidden"),
         f"{at}.mlp.fc2_latent_proj.weight": Replicated(f"{hf}.mixer.fc2_latent_proj.weight", "hidden", "latent"),
     }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Options of `TransformerConfig` that a pattern with pipeline chunks stands for, and that mcore refuses or ignores beside it.
+# What a pattern with pipeline chunks stands for; mcore refuses or ignores these options beside it.
 PIPELINE_OPTIONS = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",

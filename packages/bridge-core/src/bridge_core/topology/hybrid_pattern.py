@@ -65,7 +65,7 @@ def parse_hybrid_pattern(text: str) -> HybridPattern:
 
 
 def pipeline_of(pattern: HybridPattern) -> str | None:
-    """The chunks of a pattern as a layout string; None where it names none. megatron-core predicts on the last chunk."""
+    """The chunks of a pattern as a layout string, prediction layers on the last; None where it names no chunks."""
     if len(pattern.chunks) == 1:
         return None
     ends = [DECODER * len(chunk) for chunk in pattern.chunks]

@@ -198,9 +198,10 @@ def host_hybrid_stack_spec() -> ModuleSpec:
     }
     named = vars(hybrid_layer_specs)
     spec = _exchanged(hybrid_layer_specs.hybrid_stack_spec, [(named[name], modules[name]) for name in modules])
-    spec.submodules.moe_layer.submodules.mlp = moe_module_specs.get_moe_module_spec_for_backend(
+    experts = moe_module_specs.get_moe_module_spec_for_backend(
         backend=host_spec_provider()(), num_experts=1, moe_grouped_gemm=True
     )
+    spec.submodules.moe_layer.submodules.mlp = partial(linears.HostMoELayer, **experts.keywords)
     return spec
 
 
