@@ -5,6 +5,8 @@ Mamba's kernels need a GPU; here a mixer runs as `mamba_reference` defines it, o
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from runtime.hybrid_jobs import bfloat16_round_trip, keys_of, load_by_mcore, round_trip
@@ -13,8 +15,13 @@ from runtime.test_checkpoints_on_ranks import expected_parameters
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt, verify
 from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.hf_folder import open_hf
+from bridge_core.checkpoint.keys import extra_state_keys, places, stacked_shape, written_forms
+from bridge_core.errors import ConfigError
+from bridge_core.runtime.provider_hybrid import pattern_with_pipeline
 from bridge_core.testing.hf_layouts import save_published
 from bridge_core.testing.hf_models import make_model
+from bridge_core.testing.mamba import mamba_layers
+from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core.models.hybrid", reason="hybrid models need megatron-core 0.17")
@@ -70,7 +77,10 @@ def test_load_save_stream_and_run(rank_pool, made, tmp_path, name, layout):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     expected = AutoBridge.from_hf_pretrained(folder).plan().metadata()
     assert sum(result["saved"] for result in results) == sum(meta.nbytes for meta in expected)
+    placement = AutoBridge.from_hf_pretrained(folder).plan(sizes).placement
+    chunks = [len(stage.decoder_layers) for stage in placement.stages]
     for result in results:
+        assert {tuple(map(len, parse_hybrid_pattern(text).chunks)) for text in result["patterns"]} == {tuple(chunks)}
         assert result["order"] == [meta.name for meta in expected]
         assert result["loaded"] <= result["held"]
     compare_stream(results, folder)
@@ -140,6 +150,73 @@ def test_the_keys_of_an_import_are_those_of_mcore(rank_pool, made, name):
     }
     assert {key for key, shape in theirs.items() if shape is None} <= ours.objects.keys()
     assert "output_layer._extra_state/shard_0_1" in ours.objects
+
+
+def test_the_keys_of_two_depths_of_prediction_are_those_of_mcore(rank_pool, made, tmp_path):
+    """No weights: the model that mcore builds from the configuration, against the keys of the plan."""
+    folder, _, _ = made("nemotron_h-latent")
+    config = json.loads((folder / "config.json").read_text()) | {
+        "num_nextn_predict_layers": 2,
+        "mtp_layers_block_type": ["full_attention", "linear_attention", "moe"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = {}
+    for found in rank_pool.run(keys_of, str(tmp_path), {"pp": 2}, ranks=range(2)):
+        theirs |= found
+    entries = AutoBridge.from_hf_config(config).plan(make_vocab_size_divisible_by=16).entries
+    forms = written_forms(entries)
+    ours = {
+        place.key: stacked_shape(place)
+        for entry in entries
+        for layer, expert in entry.instances()
+        for place in places(entry, forms[entry.block], layer, expert)
+    }
+    assert {key: shape for key, shape in theirs.items() if shape} == ours
+    assert {key for key, shape in theirs.items() if shape is None} <= set(extra_state_keys(entries, forms))
+    assert "mtp.layers.1.mtp_model_layer.layers.1.mixer.conv1d.bias.C" in ours
+
+
+def test_mamba_layers_leave_megatron_as_it_was():
+    from megatron.core.ssm import mamba_context_parallel, mamba_mixer
+
+    if mamba_mixer.HAVE_MAMBA_SSM:
+        pytest.skip("mamba-ssm is installed: there is nothing to stand in for")
+    before = dict(vars(mamba_mixer)), dict(vars(mamba_context_parallel))
+
+    def fail():
+        with mamba_layers():
+            assert mamba_mixer.HAVE_MAMBA_SSM
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert (dict(vars(mamba_mixer)), dict(vars(mamba_context_parallel))) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "layout", "depths", "expected"),
+    [
+        ("M*E-/*E", {}, 1, "M*E-/*E"),
+        ("M*E-/*E", {"pp": 2}, None, "M*|E-"),
+        ("M*E-/*E", {"pp": 2, "vpp": 2}, 2, "M|*|E|-/*E/*E"),
+        ("M*E-", {"pp": 2, "num_layers_in_last_pipeline_stage": 1}, None, "M*E|-"),
+        ("M*E-", {"pp": 2, "pipeline_model_parallel_layout": "Etttt|L"}, None, "M*E-|"),
+    ],
+)
+def test_a_provider_spells_the_pipeline_out(text, layout, depths, expected):
+    assert pattern_with_pipeline(text, ParallelLayout(**layout), depths) == expected
+
+
+def test_a_trainer_may_spell_the_pipeline_out_itself(made):
+    folder, _, _ = made("nemotron_h")
+    provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider(spec="host")
+    provider.pipeline_model_parallel_size = 2
+    provider.hybrid_layer_pattern = "ME|M|*-|EM*/*E"
+    assert provider.layout.vpp == 2
+    assert provider.layout.pipeline_model_parallel_layout == "Ett|t|tt|tttmL"
+    assert pattern_with_pipeline(provider.hybrid_layer_pattern, provider.layout, 1) == "ME|M|*-|EM*/*E"
+    with pytest.raises(ConfigError, match="last pipeline stage"):
+        pattern_with_pipeline("M*/*E", ParallelLayout(pp=2, pipeline_model_parallel_layout="Ettm|L"), 1)
 
 
 def test_what_mcore_keeps_in_float32_is_never_cast(rank_pool, made, tmp_path):

@@ -313,7 +313,7 @@ def _owner(where: str) -> tuple[Any, str]:
     try:
         owner: Any = import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if not f"{module}.".startswith(f"{error.name}."):  # it, or a package that it is in
             raise
         return None, name
     for part in classes:
