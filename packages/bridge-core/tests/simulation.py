@@ -43,6 +43,21 @@ VISION = {
     "deepstack_visual_indexes": [0, 2],
 }
 IMAGES = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+HYBRID = (
+    {name: value for name, value in BASE.items() if name not in ("rms_norm_eps", "rope_theta")}
+    | MOE
+    | {
+        "architectures": ["NemotronHForCausalLM"],
+        "hidden_size": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 2,
+        "ssm_state_size": 3,
+        "n_groups": 8,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 8,
+        "moe_shared_expert_intermediate_size": 16,
+    }
+)
 
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
@@ -73,6 +88,11 @@ CONFIGS = {
         "vision_config": VISION,
         **IMAGES,
     },
+    "nemotron_h": HYBRID | {"hybrid_override_pattern": "M*E-"},
+    "nemotron_h-latent": HYBRID
+    | {"hybrid_override_pattern": "EMM*", "num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*ME"}
+    | {"moe_latent_size": 8},
+    "nemotron_h-dense": HYBRID | {"hybrid_override_pattern": "MMMM", "tie_word_embeddings": True},
 }
 
 
@@ -84,7 +104,9 @@ def make_plan(config: dict, layout: ParallelLayout, **options) -> Plan:
 @st.composite
 def layouts(draw, config: dict):
     """Layouts that the configuration admits, uneven pipelines and all."""
-    moe = "num_experts_per_tok" in config.get("text_config", config)
+    text = config.get("text_config", config)
+    moe = "num_experts_per_tok" in text and "E" in config.get("hybrid_override_pattern", "E")
+    depths = config.get("num_nextn_predict_layers", 0)
     pp = draw(st.sampled_from([1, 2, 4]))
     options = {
         "tp": draw(st.sampled_from([1, 2, 4, 8])),
@@ -98,7 +120,8 @@ def layouts(draw, config: dict):
     if uneven == "first" and pp == 2 and options["vpp"] == 1:
         options["num_layers_in_first_pipeline_stage"] = draw(st.sampled_from([1, 3]))
     if uneven == "string" and pp == 4:
-        options["pipeline_model_parallel_layout"] = draw(st.sampled_from(["Et|tt||tL", "E|tt|t|tL"]))
+        text = draw(st.sampled_from(["Et|tt||tL", "E|tt|t|tL"]))
+        options["pipeline_model_parallel_layout"] = text.replace("L", "m" * depths + "L")
     return ParallelLayout(**options)
 
 

@@ -70,14 +70,14 @@ def parallel_layout(layout: dict) -> ParallelLayout:
     return ParallelLayout(**layout)
 
 
-def expected_parameters(bridge: AutoBridge, hf, layout: ParallelLayout, rank: int) -> dict:
+def expected_parameters(bridge: AutoBridge, hf, layout: ParallelLayout, rank: int, **options) -> dict:
     """What the plan says this rank holds, cut out of the HF tensors."""
     flat = {
         name: np.fromfile(tensor.path, np.float32, tensor.nbytes // 4, offset=tensor.offset)
         for name, tensor in hf.tensors.items()
     }
     found = {}
-    for shard in bridge.plan(layout).local_shards(rank):
+    for shard in bridge.plan(layout, **options).local_shards(rank):
         local = np.zeros(int(np.prod(shard.shape)), np.float32)
         for piece in shard.pieces:
             source = flat[piece.source.tensor][piece.source.offset :]

@@ -14,13 +14,14 @@ has a form of its own. Segments that have names (`Split.names`) are tensors of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import NamedTuple
 
 from bridge_core.geometry import Box, Shape
 from bridge_core.patterns import fill
 from bridge_core.plan import Entry
+from bridge_core.plan.placement import DECODER_LAYERS
 
 
 class Form(Enum):
@@ -69,10 +70,17 @@ def by_block(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     return found
 
 
-def written_forms(entries: Iterable[Entry]) -> Forms:
-    """The forms that megatron-core will ask for: stacked if all layers of a block are alike."""
+def written_forms(entries: Collection[Entry]) -> Forms:
+    """The forms that megatron-core will ask for: stacked if all layers of a block are alike.
+
+    A `HybridModel`, which its final norm tells from a `GPTModel`, never stacks its layers
+    (0.19.2, models/hybrid/hybrid_block.py, `HybridStack.sharded_state_dict`).
+    """
+    hybrid = any(entry.name == "decoder.final_norm.weight" for entry in entries)
     return {
-        block: Form.STACKED if all(len(entry.layers) == entry.depth for entry in members) else Form.PER_LAYER
+        block: Form.PER_LAYER
+        if (hybrid and block == DECODER_LAYERS) or any(len(entry.layers) < entry.depth for entry in members)
+        else Form.STACKED
         for block, members in by_block(entries).items()
     }
 

@@ -25,6 +25,8 @@ _NEEDED = (*_SIZES, "share_embeddings_and_output_weights")
 _GEOMETRY = (
     *(name for name in _NEEDED if name != "vocab_size"),
     *("num_moe_experts", "moe_ffn_hidden_size", "add_qkv_bias", "qk_layernorm"),
+    *("hybrid_layer_pattern", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"),
+    "moe_latent_size",
 )
 # Constants of a family that say how a model is trained, not what it computes.
 _TRAINING = frozenset({
@@ -38,6 +40,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "window_size": None,
     "mtp_num_layers": None,
     "moe_shared_expert_intermediate_size": None,
+    "moe_latent_size": None,
 }
 _PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that the model came from"
 
@@ -225,9 +228,11 @@ def _check_vocabulary(said: _Said, given: Fields) -> None:
 
 def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
     """Fields that change what weights mean have the values that the family stands for."""
-    translated = {option.megatron for section in family.parts.values() for option in section.fields}
+    translated = {option.megatron for section in family.parts.values() for option in section.fields} | family.translates
     expected = {k: v for k, v in family.megatron.items() if k not in _TRAINING}
     expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected and k not in translated}
+    if not fields.get("num_moe_experts"):
+        expected = {k: v for k, v in expected.items() if not k.startswith("moe_router_")}
     wrong = {k: v for k, v in expected.items() if fields.get(k) is not None and fields[k] != v and (fields[k] or v)}
     if wrong:
         raise ConfigError(

@@ -19,6 +19,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, ConfigError
 from bridge_core.extras import require
 from bridge_core.families import Family, Fields
+from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern
 
 RUN_CONFIG = "run_config.yaml"
 SECTION = "bridge_core"
@@ -26,7 +27,12 @@ SECTION = "bridge_core"
 _FIX = "copy the file again, or remove it and pass the HF folder (or its config.json) that the model came from"
 
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-_ACTIVATIONS = {"silu": "torch.nn.functional.silu", "gelu": "torch.nn.functional.gelu"}
+_HYBRID_PROVIDER = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
+_ACTIVATIONS = {
+    "silu": "torch.nn.functional.silu",
+    "gelu": "torch.nn.functional.gelu",
+    "squared_relu": "megatron.core.activations.squared_relu",
+}
 _OBJECTS = {target: name for name, target in _ACTIVATIONS.items()}
 
 # Arguments of Megatron-LM's command line that stand for a field under another name (Megatron-LM,
@@ -42,6 +48,7 @@ _ARGS = {
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
     "vocab_size": "vocab_size",
 }
+_ACTIVATION_ARGS = {"swiglu": "silu", "squared_relu": "squared_relu"}
 
 
 def write_run_config(
@@ -61,7 +68,8 @@ def write_run_config(
         ignore: patterns of the HF names that were left out.
         forms: which HF forms its rows had (`Plan.forms`).
     """
-    model: dict[str, Any] = {"_target_": _PROVIDER, **fields}
+    target = _HYBRID_PROVIDER if fields.get("hybrid_layer_pattern") else _PROVIDER
+    model: dict[str, Any] = {"_target_": target, **fields}
     model["activation_func"] = _object(_ACTIVATIONS[fields["activation_func"]])
     model["params_dtype"] = _object(f"torch.{dtype_of(dtype).torch}")
     model["bf16"], model["fp16"] = dtype == "BF16", dtype == "F16"
@@ -119,7 +127,7 @@ def fields_of_run_config(config: Mapping[str, Any], *, where: Path) -> Fields:
             got=type(model).__name__,
             fix=_FIX,
         )
-    return {name: _plain(value) for name, value in model.items() if name not in ("_target_", "_builder_")}
+    return _one_pattern({name: _plain(value) for name, value in model.items() if name not in ("_target_", "_builder_")})
 
 
 def _plain(value: Any) -> Any:
@@ -158,5 +166,23 @@ def fields_of_args(args: Mapping[str, Any]) -> Fields:
     if fields.get("moe_ffn_hidden_size") is None:
         fields["moe_ffn_hidden_size"] = fields["ffn_hidden_size"]
     fields.setdefault("rope_scaling", False)
-    fields["activation_func"] = "silu" if args.get("swiglu") else "gelu"
-    return fields
+    fields["activation_func"] = next(
+        (name for argument, name in _ACTIVATION_ARGS.items() if args.get(argument)), "gelu"
+    )
+    return _one_pattern(fields)
+
+
+def _one_pattern(fields: Fields) -> Fields:
+    """The fields with a hybrid model's layers as one pattern, in which no pipeline is spelled out.
+
+    Older checkpoints have the prediction layers apart, and the whole under the name `hybrid_override_pattern`
+    (megatron-core 0.19.2, models/hybrid/hybrid_model.py; Megatron-Bridge 0.7, models/hybrid/hybrid_provider.py).
+    """
+    text = fields.get("hybrid_layer_pattern") or fields.get("hybrid_override_pattern")
+    if not text:
+        return fields
+    pattern = parse_hybrid_pattern(text)
+    if not pattern.depths and (apart := fields.get("mtp_hybrid_override_pattern")):
+        pattern = pattern._replace(mtp=apart, depths=fields.get("mtp_num_layers") or 0)
+    whole = pattern._replace(chunks=(pattern.decoder,))
+    return fields | {"hybrid_layer_pattern": str(whole), "num_layers": len(pattern.decoder)}

@@ -38,6 +38,7 @@ _BUILT_IN = {
     "MixtralForCausalLM": "mixtral",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    "NemotronHForCausalLM": "nemotron_h",
 }
 
 

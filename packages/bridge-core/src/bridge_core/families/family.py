@@ -30,7 +30,7 @@ CARRIED = frozenset({
     "initializer_range", "model_type", "output_router_logits", "pad_token_id", "router_aux_loss_coef",
     "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache", "id2label", "label2id",
     "problem_type", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
-    "is_encoder_decoder",
+    "is_encoder_decoder", "moe_shared_expert_overlap",
 })  # fmt: skip
 
 
@@ -133,6 +133,7 @@ class Family(Section):
         inside: name of the part of config.json that configures the language model; empty for all of it.
         sections: the other parts by name, the top level (where `inside` is not empty) as the empty name.
         megatron: Megatron fields that are the same for every model of the family.
+        translates: Megatron fields that differ between its models and come from `reads` alone, not from `fields`.
         table: mapping table of a model with the given Megatron fields.
         dims: sizes that the table names beside those that every decoder has.
         copies: HF tensors that repeat others, by name.
@@ -149,6 +150,7 @@ class Family(Section):
     inside: str = ""
     sections: Mapping[str, Section] = field(default_factory=dict)
     megatron: Mapping[str, Any] = field(default_factory=dict)
+    translates: frozenset[str] = frozenset()
     dims: Callable[[Fields], Mapping[str, int]] = lambda fields: {}
     copies: Callable[[Fields], Mapping[str, Copy]] = lambda fields: {}
     ignored: Mapping[str, str] = field(default_factory=dict)

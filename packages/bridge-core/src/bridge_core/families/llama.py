@@ -29,6 +29,8 @@ def read_old_rope(config: Config) -> Fields:
 
 def recognises(fields: Fields) -> bool:
     """A dense decoder with neither q/k norms nor biases."""
+    if fields.get("hybrid_layer_pattern"):
+        return False
     return not (fields.get("num_moe_experts") or fields.get("qk_layernorm") or fields.get("add_qkv_bias"))
 
 

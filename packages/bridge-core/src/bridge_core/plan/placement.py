@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bridge_core.errors import LayoutError
 from bridge_core.families import Fields
-from bridge_core.topology import ParallelLayout, PipelineStage, expert_range
+from bridge_core.topology import ParallelLayout, PipelinePlacement, PipelineStage, expert_range, place_layers
+from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, with_pipeline
 
 DECODER_LAYERS = "decoder.layers"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -35,13 +36,29 @@ def holds(name: str, stage: PipelineStage, *, tied: bool) -> bool:
     )
 
 
+def layout_of_model(fields: Fields, layout: ParallelLayout) -> ParallelLayout:
+    """The layout, with the pipeline that a hybrid model's pattern may name in its place."""
+    text = fields.get("hybrid_layer_pattern")
+    return with_pipeline(layout, parse_hybrid_pattern(text)) if text else layout
+
+
+def place(fields: Fields, layout: ParallelLayout, *, mtp: bool) -> PipelinePlacement:
+    """`place_layers` of a model; without its prediction layers where a plan leaves them out."""
+    return place_layers(
+        layout,
+        num_layers=fields["num_layers"],
+        mtp_num_layers=fields.get("mtp_num_layers") if mtp else None,
+        hybrid=bool(fields.get("hybrid_layer_pattern")),
+    )
+
+
 def part_of(name: str) -> str:
     """The part of a model that a tensor belongs to, for tables that people read."""
     if "{expert}" in name:
         return "experts"
     if name.startswith("vision_model."):
         return "vision"
-    for part in ("embedding", "output_layer", "self_attention", "router"):
+    for part in ("embedding", "output_layer", "self_attention", "router", "mixer"):
         if part in name:
             return {"self_attention": "attention", "output_layer": "output"}.get(part, part)
     return "norms" if "norm" in name else "mlp"

@@ -19,8 +19,17 @@ from bridge_core.geometry import Box, Piece, Shape, restrict, whole
 from bridge_core.patterns import at_layer, fill
 from bridge_core.plan.audit import Audit, audit
 from bridge_core.plan.entries import Entry, compile_entries
-from bridge_core.plan.placement import DECODER_LAYERS, EMBEDDING, OUTPUT, check_layout, holds, part_of
-from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range, place_layers
+from bridge_core.plan.placement import (
+    DECODER_LAYERS,
+    EMBEDDING,
+    OUTPUT,
+    check_layout,
+    holds,
+    layout_of_model,
+    part_of,
+    place,
+)
+from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range
 
 
 class TensorMeta(NamedTuple):
@@ -119,7 +128,7 @@ class Plan:
     ) -> None:
         self.family = family
         self.fields = fields
-        self.layout = layout
+        self.layout = layout = layout_of_model(fields, layout)
         self.dtype = dtype
         self.dtypes = dict(dtypes or {})
         unit = make_vocab_size_divisible_by * layout.tp
@@ -128,8 +137,7 @@ class Plan:
         self.entries = compile_entries(
             family, fields, padded_vocab=self.padded_vocab, inventory=inventory, forms=forms, ignore=self.ignore
         )
-        mtp = fields.get("mtp_num_layers") if any(entry.name.startswith("mtp.") for entry in self.entries) else None
-        self.placement = place_layers(layout, num_layers=fields["num_layers"], mtp_num_layers=mtp)
+        self.placement = place(fields, layout, mtp=any(entry.name.startswith("mtp.") for entry in self.entries))
         check_layout(fields, layout)
         self._by_name = {entry.name: entry for entry in self.entries}
         self._forms: dict[tuple[str, int], LocalForm] = {}

@@ -16,6 +16,7 @@ from bridge_core.plan import Plan, Shard
 from bridge_core.plan.placement import EMBEDDING
 from bridge_core.runtime.tensors import dtype_name
 from bridge_core.topology import ParallelLayout
+from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -98,7 +99,7 @@ def open_live(
     """Match a live model against the plan of its layout, before any byte is copied.
 
     Args:
-        model: a `GPTModel`, or the list of its chunks under virtual pipelining, wrapped or not.
+        model: a `GPTModel` or `HybridModel`, or the list of its chunks under virtual pipelining, wrapped or not.
         family, fields: of the HF model.
         groups: the model's process groups; by default those it was built with (`model.pg_collection`).
         excepted: patterns (as in a shell) of parameter names that need not match: a changed head.
@@ -218,11 +219,19 @@ def is_second_copy(plan: Plan, rank: int, shard: Shard) -> bool:
 
 
 def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[ParallelLayout, int]:
-    """The layout that a model's process groups form, and this rank's number in it."""
+    """The layout that a model's process groups form, and this rank's number in it.
+
+    A hybrid model's pattern may name its pipeline; the options that count embedding and loss as layers, and the
+    layout string, mean nothing to it (0.19.2, models/hybrid/hybrid_layer_allocation.py, `select_pipeline_segment`).
+    """
     config = chunks[0].config
-    string = getattr(config, "pipeline_model_parallel_layout", None)
+    pattern = getattr(chunks[0], "hybrid_layer_pattern", None)
     options: dict[str, Any] = {name: getattr(config, name, None) or None for name in _PIPELINE_OPTIONS[:2]}
-    options |= {name: bool(getattr(config, name, False)) for name in _PIPELINE_OPTIONS[2:]}
+    if pattern:
+        string = pipeline_of(parse_hybrid_pattern(pattern))
+    else:
+        string = getattr(config, "pipeline_model_parallel_layout", None)
+        options |= {name: bool(getattr(config, name, False)) for name in _PIPELINE_OPTIONS[2:]}
     layout = ParallelLayout(
         tp=groups.tp.size(),
         pp=groups.pp.size(),

@@ -1,7 +1,7 @@
 """From Megatron fields to a real model: the one place that calls megatron-core's constructors.
 
 A `Provider` is a bag of settings that a trainer may change until `finalize`: every field of mcore's
-`TransformerConfig`, and what `GPTModel` takes beside it, under the names of `bridge.fields`.
+`TransformerConfig`, and what `GPTModel` or `HybridModel` takes beside it, under the names of `bridge.fields`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from bridge_core.errors import ConfigError
 from bridge_core.extras import require
 from bridge_core.families import Fields
+from bridge_core.runtime.provider_hybrid import PIPELINE_OPTIONS, hybrid_chunk, pattern_with_pipeline
 from bridge_core.topology import ParallelLayout
+from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, with_pipeline
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -32,7 +35,12 @@ _MODEL_ARGUMENTS = (
     "seq_len_interpolation_factor",
     "share_embeddings_and_output_weights",
 )
-_BESIDE = (*_MODEL_ARGUMENTS, "vocab_size", "seq_length", "make_vocab_size_divisible_by", "padded_vocab_size")
+# And HybridModel (models/hybrid/hybrid_model.py), or its layers.
+_HYBRID_ARGUMENTS = ("hybrid_layer_pattern", "mamba_chunk_size")
+_BESIDE = (
+    *(*_MODEL_ARGUMENTS, *_HYBRID_ARGUMENTS),
+    *("vocab_size", "seq_length", "make_vocab_size_divisible_by", "padded_vocab_size"),
+)
 
 
 class Provider:
@@ -98,7 +106,7 @@ class Provider:
     def layout(self) -> ParallelLayout:
         """The parallel sizes among the settings. `dp` is not one of them: it follows from the ranks."""
         get = self._settings.get
-        return ParallelLayout(
+        layout = ParallelLayout(
             tp=get("tensor_model_parallel_size", 1),
             pp=get("pipeline_model_parallel_size", 1),
             vpp=get("virtual_pipeline_model_parallel_size") or 1,
@@ -111,6 +119,8 @@ class Provider:
             account_for_loss_in_pipeline_split=get("account_for_loss_in_pipeline_split", False),
             pipeline_model_parallel_layout=get("pipeline_model_parallel_layout"),
         )
+        pattern = get("hybrid_layer_pattern")
+        return with_pipeline(layout, parse_hybrid_pattern(pattern)) if pattern else layout
 
     @property
     def padded_vocab(self) -> int:
@@ -126,6 +136,9 @@ class Provider:
         from megatron.core.transformer.transformer_config import TransformerConfig
 
         kwargs = {name: value for name, value in self._settings.items() if name not in _BESIDE}
+        if self._settings.get("hybrid_layer_pattern"):
+            for option in PIPELINE_OPTIONS:
+                kwargs.pop(option, None)  # said by the pattern that the model is given
         kwargs["activation_func"] = _activation(kwargs.get("activation_func", "silu"))
         kwargs.setdefault("pipeline_dtype", kwargs.get("params_dtype", torch.float32))
         if kwargs.get("expert_tensor_parallel_size") is None:
@@ -143,7 +156,7 @@ class Provider:
         object.__setattr__(self, "_final", True)
         return config
 
-    def provide(self, pg_collection: ProcessGroupCollection) -> list[GPTModel]:
+    def provide(self, pg_collection: ProcessGroupCollection) -> list[GPTModel | HybridModel]:
         """This rank's model chunks, one per virtual pipeline stage, in mcore's order.
 
         Args:
@@ -191,7 +204,21 @@ class Provider:
             for number, chunk in enumerate(chunks)
         ]
 
-    def _chunk(self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int) -> GPTModel:
+    def _chunk(self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int) -> GPTModel | HybridModel:
+        if pattern := self._settings.get("hybrid_layer_pattern"):
+            return hybrid_chunk(
+                config,
+                groups,
+                spec=self.spec,
+                pattern=pattern_with_pipeline(pattern, self.layout, self.mtp_num_layers),
+                stage=stage,
+                vpp=self.layout.vpp,
+                chunk_size=self.mamba_chunk_size,
+                vocab_size=self.padded_vocab,
+                max_sequence_length=self.seq_length,
+                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+                position_embedding_type=self.position_embedding_type,
+            )
         from megatron.core.models.gpt import GPTModel
 
         pp, rank, vpp = groups.pp.size(), groups.pp.rank(), self.layout.vpp
@@ -223,9 +250,13 @@ def default_spec() -> Spec:
 
 
 def _activation(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name
     import torch
+    from megatron.core.activations import squared_relu
 
-    return {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[name] if isinstance(name, str) else name
+    functional = torch.nn.functional
+    return {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}[name]
 
 
 def _block_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_stage: int | None) -> Any:

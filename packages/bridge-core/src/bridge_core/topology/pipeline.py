@@ -82,8 +82,10 @@ class PipelinePlacement:
         return self.stages[bisect_right(self.stages, layer, key=lambda stage: stage.layer_offset) - 1]
 
 
-def place_layers(layout: ParallelLayout, *, num_layers: int, mtp_num_layers: int | None = None) -> PipelinePlacement:
-    """Place the decoder layers, the MTP layers and both ends of a GPT model on pipeline stages.
+def place_layers(
+    layout: ParallelLayout, *, num_layers: int, mtp_num_layers: int | None = None, hybrid: bool = False
+) -> PipelinePlacement:
+    """Place the decoder layers, the MTP layers and both ends of a model on pipeline stages.
 
     Chunks are filled in the order in which a token passes them, so a chunk's first layer is the sum of
     all chunks before it. These are the numbers of megatron-core 0.16.1 and 0.19.2:
@@ -98,6 +100,9 @@ def place_layers(layout: ParallelLayout, *, num_layers: int, mtp_num_layers: int
         mtp_num_layers: as in `TransformerConfig`. None and 0 differ, as there: with 0 the final norm
             follows the last decoder layer. All MTP layers go to one chunk, the last unless the layout
             string says otherwise.
+        hybrid: a `HybridModel` instead of a `GPTModel`: its final norm is on the last chunk, even if no layer
+            is (0.19.2, models/hybrid/hybrid_block.py, `HybridStack`; its chunks are those of
+            `hybrid_layer_allocation.select_pipeline_segment`, as `hybrid_pattern.with_pipeline` reads them).
 
     Raises:
         LayoutError: the layers do not divide as the layout asks; the message has all numbers.
@@ -116,7 +121,7 @@ def place_layers(layout: ParallelLayout, *, num_layers: int, mtp_num_layers: int
         mtp_chunk = len(counts) - 1
     offsets = accumulate(counts[:-1], initial=0)
     last_layer_chunk = max(chunk for chunk, count in enumerate(counts) if count)
-    final_norm_chunk = len(counts) - 1 if mtp_num_layers is None else last_layer_chunk
+    final_norm_chunk = len(counts) - 1 if mtp_num_layers is None or hybrid else last_layer_chunk
     stages = tuple(
         PipelineStage(
             pp_rank=chunk % layout.pp,

@@ -22,6 +22,8 @@ global `parallel_state`, except that
 On gloo the all-to-all dispatcher needs `expert_tensor_parallel_size=1`: expert-TP ranks gather runs of
 unequal length, which gloo refuses. The default of `cpu_friendly`, all-gather, has no such limit.
 
+A `HybridModel` takes `host_hybrid_stack_spec`; its Mamba layers need mamba-ssm, whose kernels need a GPU.
+
 Not here: context parallelism (mcore has it with Transformer Engine only), FP8, Mamba, gated delta nets.
 """
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from bridge_core.runtime.host.cuda_free import cpu_friendly as cpu_friendly
     from bridge_core.runtime.host.cuda_free import host_backend as host_backend
     from bridge_core.runtime.host.specs import host_block_spec as host_block_spec
+    from bridge_core.runtime.host.specs import host_hybrid_stack_spec as host_hybrid_stack_spec
     from bridge_core.runtime.host.specs import host_layer_spec as host_layer_spec
     from bridge_core.runtime.host.specs import host_mtp_block_spec as host_mtp_block_spec
 
@@ -41,10 +44,18 @@ _HOME = {
     "cpu_friendly": "cuda_free",
     "host_backend": "cuda_free",
     "host_block_spec": "specs",
+    "host_hybrid_stack_spec": "specs",
     "host_layer_spec": "specs",
     "host_mtp_block_spec": "specs",
 }
-__all__ = ["cpu_friendly", "host_backend", "host_block_spec", "host_layer_spec", "host_mtp_block_spec"]
+__all__ = [
+    "cpu_friendly",
+    "host_backend",
+    "host_block_spec",
+    "host_hybrid_stack_spec",
+    "host_layer_spec",
+    "host_mtp_block_spec",
+]
 
 
 def __getattr__(name: str) -> Any:

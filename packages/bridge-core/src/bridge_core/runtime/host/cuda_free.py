@@ -146,6 +146,12 @@ def _duplicated_linear() -> Any:
     return HostDuplicatedLinear
 
 
+def _norm() -> Any:
+    from bridge_core.runtime.host.linears import HostNorm
+
+    return HostNorm
+
+
 def _backend_of_impl() -> Callable[[str], Any]:
     from megatron.core.models.backends import get_backend
 
@@ -230,6 +236,11 @@ PATCHES = (
         _backend_of_impl,
         "0.19 latent attention takes its fused projections from the configured backend, not from the spec",
     ),
+    Patch(f"{_CORE}.models.hybrid.hybrid_block:TENorm", _norm, "a hybrid stack makes its final norm itself"),
+    Patch(
+        f"{_CORE}.transformer.moe.moe_layer:TELinear", _duplicated_linear, "latent experts project by this very class"
+    ),
+    Patch(f"{_CORE}.transformer.moe.moe_layer:HAVE_TE", lambda: True, "latent experts are refused otherwise"),
 )
 
 _lock = RLock()
@@ -302,7 +313,7 @@ def _owner(where: str) -> tuple[Any, str]:
     try:
         owner: Any = import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if not f"{module}.".startswith(f"{error.name}."):  # it, or a package that it is in
             raise
         return None, name
     for part in classes:

@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel.layers import (  # noqa: TID253 - base classe
     _initialize_affine_weight_cpu,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: TID253 - as above
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: TID253 - as above
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention  # noqa: TID253 - as above
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: TID253 - as above
 from megatron.core.utils import divide, get_pg_rank, get_pg_size  # noqa: TID253 - as above
@@ -124,10 +125,10 @@ class HostLayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class HostDuplicatedLinear(_EmptyExtraState):
-    """A linear that every TP rank holds whole; `TELinear(parallel_mode="duplicated")` of latent attention.
+    """A linear that every TP rank holds whole; `TELinear(parallel_mode="duplicated")` of latent attention and experts.
 
     mcore gives it no TP group. Without one all TP ranks would claim to be the one that saves it, so
-    `HostMLASelfAttention` sets `tp_group` afterwards.
+    `HostMLASelfAttention` and `HostMoELayer` set `tp_group` afterwards.
     """
 
     def __init__(
@@ -185,6 +186,16 @@ class HostMLASelfAttention(MLASelfAttention):
         for module in self.children():
             if isinstance(module, HostDuplicatedLinear) and pg_collection is not None:
                 module.tp_group = pg_collection.tp
+
+
+class HostMoELayer(MoELayer):
+    """Experts that tell their projections to latent features, which are duplicated linears, their TP group."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.children():
+            if isinstance(module, HostDuplicatedLinear):
+                module.tp_group = self.tp_group
 
 
 class HostDotProductAttention(DotProductAttention):

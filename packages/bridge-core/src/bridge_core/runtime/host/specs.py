@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from inspect import signature
 from threading import Lock
@@ -171,4 +172,50 @@ def _finished(spec: Any) -> Any:
 
     if spec.submodules.self_attention.module is MLASelfAttention:
         spec.submodules.self_attention.module = linears.HostMLASelfAttention
+    return spec
+
+
+def host_hybrid_stack_spec() -> ModuleSpec:
+    """The layers and the final norm of a hybrid model, for `HybridModel(hybrid_stack_spec=...)` (mcore 0.17 and later).
+
+    mcore's own spec (models/hybrid/hybrid_layer_specs.py) names Transformer Engine's modules one by one; here
+    every one of them is exchanged for the CPU module of the same parameters. Mamba layers are mcore's own.
+    """
+    require("megatron.core", extra="mcore")
+    from megatron.core.models.gpt import moe_module_specs
+    from megatron.core.models.hybrid import hybrid_layer_specs
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    from bridge_core.runtime.host import linears
+
+    modules = {
+        "TELayerNormColumnParallelLinear": linears.HostLayerNormColumnParallelLinear,
+        "TEColumnParallelLinear": ColumnParallelLinear,
+        "TERowParallelLinear": RowParallelLinear,
+        "TELinear": linears.HostDuplicatedLinear,
+        "TENorm": linears.HostNorm,
+        "TEDotProductAttention": linears.HostDotProductAttention,
+    }
+    named = vars(hybrid_layer_specs)
+    spec = _exchanged(hybrid_layer_specs.hybrid_stack_spec, [(named[name], modules[name]) for name in modules])
+    experts = moe_module_specs.get_moe_module_spec_for_backend(
+        backend=host_spec_provider()(), num_experts=1, moe_grouped_gemm=True
+    )
+    spec.submodules.moe_layer.submodules.mlp = partial(linears.HostMoELayer, **experts.keywords)
+    return spec
+
+
+def _exchanged(spec: Any, modules: list[tuple[Any, Any]]) -> Any:
+    """A copy of a spec, or of a part of one, with other modules in it."""
+    for theirs, ours in modules:
+        if spec is theirs:
+            return ours
+    if isinstance(spec, partial):
+        return partial(
+            spec.func, *spec.args, **{name: _exchanged(part, modules) for name, part in spec.keywords.items()}
+        )
+    if isinstance(spec, list):
+        return [_exchanged(part, modules) for part in spec]
+    if is_dataclass(spec) and not isinstance(spec, type):
+        return replace(spec, **{item.name: _exchanged(getattr(spec, item.name), modules) for item in fields(spec)})
     return spec
