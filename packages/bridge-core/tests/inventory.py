@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
 Inventory = dict[str, tuple[Shape, str]]
@@ -93,9 +93,15 @@ def on_meta(config: Config) -> PreTrainedModel:
     import torch
     import transformers
 
-    settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
-        return getattr(transformers, config["architectures"][0])(settings)
+        return getattr(transformers, config["architectures"][0])(settings_of(config))
+
+
+def settings_of(config: Config) -> PreTrainedConfig:
+    """config.json as transformers understands it."""
+    import transformers
+
+    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
 
 def on_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -168,12 +174,12 @@ def _qwen(config: Config, text: Config, count: int) -> dict[str, Shape]:
 
 def _nemotron(config: Config, count: int) -> dict[str, Shape]:
     """`count` blocks; each is a run of layers, the first of which is joined to the model and the last has a norm."""
-    pattern, hidden = config["mtp_hybrid_override_pattern"], config["hidden_size"]
-    block = _layers(config, {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}, "backbone.layers.")
+    kinds, hidden = settings_of(config).mtp_layers_block_type, config["hidden_size"]
+    block = _layers(config, {"layers_block_type": kinds}, "backbone.layers.")
     block[0] |= _joint(hidden)
-    block[len(pattern) - 1] |= {"final_layernorm.weight": (hidden,)}
+    block[len(kinds) - 1] |= {"final_layernorm.weight": (hidden,)}
     return {
-        f"mtp.layers.{depth * len(pattern) + i}.{name}": shape
+        f"mtp.layers.{depth * len(kinds) + i}.{name}": shape
         for depth in range(count)
         for i, layer in block.items()
         for name, shape in layer.items()

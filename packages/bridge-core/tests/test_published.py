@@ -7,7 +7,7 @@ import hashlib
 from math import prod
 
 import pytest
-from inventory import PUBLISHED, SCALE, inventory, is_mtp, is_scale, main_model
+from inventory import PUBLISHED, SCALE, inventory, is_mtp, is_scale, main_model, settings_of
 
 from bridge_core import AutoBridge, ParallelLayout
 from bridge_core.dtypes import dtype_of
@@ -169,7 +169,7 @@ def test_a_published_configuration_comes_back(name):
 
 def _settings(config):
     """What transformers makes of a configuration, but for what families carry along without translating."""
-    return _declared(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+    return _declared(settings_of(config))
 
 
 def _declared(settings):
