@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
+from bridge_core.codecs import codec_of
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Family, Fields, all_families, family_for
@@ -38,6 +39,7 @@ class AutoBridge:
         fields: the model's Megatron fields (`TransformerConfig` fields and what `GPTModel` takes beside them).
         path: the HF folder, or None.
         ignore: patterns (as in a shell) of HF names that are left out.
+        codec: the form in which the HF checkpoint stores quantised weights; None for plain weights.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AutoBridge:
         self.path = path
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
+        self.codec = codec_of(self.config)
         self.fields: Fields = self.family.without(
             self.family.to_megatron(self.config, ignore=ignore_options), self.ignore
         )
@@ -120,6 +123,8 @@ class AutoBridge:
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             names=folder.tensors if folder else None,
             ignore=self.ignore,
+            codec=self.codec,
+            quantised=folder.quantised if folder else None,
         )
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 from bridge_core.checkpoint.copies import check_copies
 from bridge_core.checkpoint.dcp_layout import write_metadata
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf, read_config
-from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
+from bridge_core.checkpoint.hf_layout import HfLayout, as_written, lay_out_files, lay_out_like
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, open_megatron
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path
@@ -25,6 +25,8 @@ from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.together import Alone, Workers, write_folder
 from bridge_core.checkpoint.transfer import Moved, Progress, create_file, share, transfer
 from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
+from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs.fp8_blocks import OPTION
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, UnsafeCheckpointError
 from bridge_core.families import family_for
@@ -116,8 +118,17 @@ def import_ckpt(
     family = family_for(source.config)
     fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore)
     dtypes = {n: t.dtype for n, t in source.tensors.items()}
-    plan = Plan(family, fields, ParallelLayout(), dtypes=dtypes, names=source.tensors, ignore=ignore)
-    audit = plan.audit(source.shapes)
+    plan = Plan(
+        family,
+        fields,
+        ParallelLayout(),
+        dtypes=dtypes,
+        names=source.tensors,
+        ignore=ignore,
+        codec=source.codec,
+        quantised=source.quantised,
+    )
+    audit = plan.audit({name: tensor.shape for name, tensor in source.stored.items()})
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     nbytes = sum(layout.files.values())
@@ -164,6 +175,7 @@ def export_ckpt(
     source: str | Path | None = None,
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 2_000_000_000,
+    fp8: bool = False,
     options: Options = Options(),
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
@@ -178,6 +190,8 @@ def export_ckpt(
             it are not read.
         hf_config: config.json (path or content) for a checkpoint that does not say how its model is configured.
         max_shard_size: bytes per weight file, where no `source` says how to split.
+        fp8: quantise what the family's fp8 checkpoints quantise (or what `source` has quantised) to fp8 with a
+            scale per block. Without it weights are written plain, whatever the model was imported from.
         options: dtype, overwriting, workers.
         ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         ignore_options: options of config.json that the family does not know and that do not matter.
@@ -195,17 +209,18 @@ def export_ckpt(
         like = open_hf(source)
     given = like.config if like else _as_config(hf_config)
     checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
-    plan = export_plan(checkpoint, names=like.tensors if like else None, ignore=ignore)
+    plan = export_plan(checkpoint, names=like.tensors if like else None, ignore=ignore, **codec_options(fp8, like))
     wired = megatron_entries(plan, checkpoint)
-    shapes = plan.hf_tensors
     dtypes = wired.hf_dtypes(options.dtype)
-    layout = lay_out_like(like, plan, dtypes) if like else lay_out_files(shapes, dtypes, max_shard_size)
+    shapes, written = as_written(plan, dtypes)
+    layout = lay_out_like(like, plan, dtypes) if like else lay_out_files(shapes, written, max_shard_size)
     given = like.config if like else checkpoint.hf_config
     config = plan.family.consistent(given, plan.fields) if given else plan.family.to_hf(plan.fields)
     carried = carried_files(like) if like else _stored_assets(checkpoint)
     base = like.path if like else checkpoint.path / ASSETS
     # Looks at the head of every item: a corrupt one is found before anything is written.
-    jobs = share(export_jobs(plan, wired, layout, partial_path(output)), options.workers.rank, options.workers.size)
+    jobs = export_jobs(plan, wired, layout, partial_path(output), dtype=options.dtype)
+    jobs = share(jobs, options.workers.rank, options.workers.size)
 
     def prepare(folder: Path) -> None:
         for file in layout.files:
@@ -219,7 +234,8 @@ def export_ckpt(
         if [file.name for file in layout.files] != [SINGLE]:
             (folder / INDEX).write_text(layout.index(), encoding="utf-8")
         (folder / CONFIG).write_text(
-            json.dumps(written_config(config, layout), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            json.dumps(written_config(config, layout, plan.codec, like), indent=2, sort_keys=True) + "\n",
+            encoding="utf-8",
         )
 
     if on_total:
@@ -257,8 +273,22 @@ def _run(
     return moved[0]
 
 
+def codec_options(fp8: bool, like: HfFolder | None) -> dict[str, Any]:
+    """What a `Plan` is told of an export to fp8: the blocks and the weights of `like`, where it is quantised."""
+    if not fp8:
+        return {}
+    if like is None or like.codec is None:
+        return {"codec": Fp8Blocks()}
+    return {"codec": like.codec, "quantised": like.quantised}
+
+
 def export_plan(
-    checkpoint: MegatronFolder, *, names: Collection[str] | None = None, ignore: Sequence[str] = ()
+    checkpoint: MegatronFolder,
+    *,
+    names: Collection[str] | None = None,
+    ignore: Sequence[str] = (),
+    codec: Fp8Blocks | None = None,
+    quantised: Collection[str] | None = None,
 ) -> Plan:
     """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has."""
     stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
@@ -271,6 +301,8 @@ def export_plan(
         names=names,
         forms=checkpoint.forms,
         ignore=ignore,
+        codec=codec,
+        quantised=quantised,
     )
 
 
@@ -278,9 +310,21 @@ def _as_config(value: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any
     return read_config(Path(value)) if isinstance(value, str | Path) else value
 
 
-def written_config(config: Mapping[str, Any], layout: HfLayout) -> dict[str, Any]:
-    """config.json as it goes with the files written: the same, but for the dtype."""
-    config = dict(config)
+def written_config(
+    config: Mapping[str, Any], layout: HfLayout, codec: Fp8Blocks | None = None, like: HfFolder | None = None
+) -> dict[str, Any]:
+    """config.json as it goes with the files written: the same, but for the dtype and the quantisation.
+
+    Args:
+        config: of the model.
+        layout: the files.
+        codec: how they store quantised weights; None for plain weights.
+        like: the folder whose choice of quantised weights they follow, if it is quantised.
+    """
+    config = {name: value for name, value in config.items() if name != OPTION}
+    if codec is not None:
+        said = like.config[OPTION] if like is not None and like.codec else codec.to_hf()
+        config[OPTION] = {name: value for name, value in said.items() if name != "scale_fmt"}  # ours are plain float32
     written = dtype_of(layout.main_dtype()).torch
     if "torch_dtype" in config:
         config["torch_dtype"] = written

@@ -4,7 +4,7 @@ Three paths, the same bytes; which one a job takes depends on its dtypes and on 
 
 * kernel: long runs are moved from file to file by `copy_file_range`; no byte enters this process.
 * gather: short runs are written from a map of the source, many with one system call (`pwritev`).
-* staged: casts, and runs of a few bytes, go through numpy, one bounded block of the target at a time.
+* staged: casts, quantised tensors, and runs of a few bytes, go through numpy, one bounded block of the target at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+from bridge_core.checkpoint.fp8 import decode, encode, read_bytes, region
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
@@ -48,7 +49,8 @@ class Job(NamedTuple):
     """One target tensor, and the pieces that fill it, each with the stored tensor it comes from.
 
     The views of a piece are in elements of the stored tensors; the names in them are not looked at.
-    `head` and `tail` are written before and after the data; `shift` is added to every value.
+    `head` and `tail` are written before and after the data; `shift` is added to every value. A target that is
+    stored quantised is assembled in its own dtype, and quantised then.
     """
 
     target: Stored
@@ -232,13 +234,13 @@ class _Worker:
                 self._writer.flush()
                 self._stage(self._files.descriptor(target.path, write=True), job)
             self._writer.add(target.path, target.offset + target.nbytes, job.tail)
-            self._progress(target.nbytes)
+            self._progress(target.disk_bytes)
         self._writer.flush()
 
     def _shortest_run(self, job: Job) -> int:
         """Bytes of the shortest run of a job; 0 if it needs arithmetic."""
         dtype = job.target.dtype
-        if job.shift or any(source.dtype != dtype for source, _ in job.parts):
+        if job.shift or any(source.dtype != dtype or source.encoded for source, _ in job.parts) or job.target.encoded:
             return 0
         elements = min((_run_length(p.shape, p.source.strides, p.target.strides) for _, p in job.parts), default=1)
         return elements * dtype_of(dtype).itemsize
@@ -278,9 +280,27 @@ class _Worker:
 
         itemsize = dtype_of(job.target.dtype).itemsize
         for first, buffer in gather(job, self._files):
+            if job.target.encoded:
+                self._encode(descriptor, job.target, first, buffer)
+                continue
             write_all(descriptor, buffer.view(np.uint8).data, job.target.offset + first * itemsize)
             self._staged += buffer.nbytes
-        self._read += sum(piece.numel * dtype_of(source.dtype).itemsize for source, piece in job.parts)
+        self._read += sum(read_bytes(source, piece) for source, piece in job.parts)
+
+    def _encode(self, descriptor: int, target: Stored, first: int, buffer: np.ndarray) -> None:
+        """Write whole rows of blocks of a quantised target, from the element `first` on, and their scales."""
+        import numpy as np
+
+        assert target.encoded is not None
+        codec, stored = target.encoded
+        width = target.shape[1]
+        where = f"{target.path}, tensor at byte {target.offset}"
+        codes, scales = encode(buffer.reshape(-1, width), codec, where=where)
+        write_all(descriptor, codes.reshape(-1).view(np.uint8).data, target.offset + first)
+        before = first // (width * codec.rows) * scales.shape[1] * scales.itemsize
+        beside = self._files.descriptor(stored.path, write=True)
+        write_all(beside, scales.reshape(-1).view(np.uint8).data, stored.offset + before)
+        self._staged += codes.nbytes + scales.nbytes
 
 
 def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
@@ -291,7 +311,7 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
         buffer = np.zeros(box.numel, numpy_dtype(job.target.dtype))
         for source, piece in parts:
             view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
-            values = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+            values = values_of(source, piece, files)
             if job.shift:
                 values = values.astype(np.float32) + np.float32(job.shift)
             with np.errstate(over="ignore"):
@@ -299,6 +319,15 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
             if job.target.dtype == "F16" != source.dtype:
                 _check_range(view, values, source)
         yield (box.start[0] * prod(box.shape[1:]) if box.start else 0), buffer
+
+
+def values_of(source: Stored, piece: Piece, files: OpenFiles) -> np.ndarray:
+    """The elements of a stored tensor that a piece takes, in the piece's shape; those of a quantised one are decoded."""
+    if source.encoded is None or not piece.numel:
+        return strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+    box, view = region(source.shape, piece.shape, piece.source)
+    codes, scales = (files.array(part) for part in source.parts)
+    return strided(decode(codes, scales, source, box), piece.shape, view.offset, view.strides)
 
 
 def _check_range(view: np.ndarray, values: np.ndarray, source: Stored) -> None:
@@ -333,6 +362,9 @@ def blocks(job: Job) -> Iterator[tuple[Box, list[tuple[Stored, Piece]]]]:
     shape = job.target.shape
     row = prod(shape[1:]) * dtype_of(job.target.dtype).itemsize
     rows = max(1, STAGING // max(row, 1))
+    if job.target.encoded:
+        height = job.target.encoded.codec.rows
+        rows = max(height, rows - rows % height)  # a block's scale comes from all of its rows
     if not shape or rows >= shape[0]:
         yield whole(shape), list(job.parts)
         return

@@ -57,9 +57,9 @@ def write_moe(fields: Fields) -> dict[str, Any]:
 
 
 def recognises(fields: Fields) -> bool:
-    """Experts, norms on q and k, no shared expert."""
-    shared = fields.get("moe_shared_expert_intermediate_size")
-    return bool(fields.get("num_moe_experts") and fields.get("qk_layernorm")) and not shared
+    """Experts, norms on q and k, no shared expert, no latent attention."""
+    other = fields.get("moe_shared_expert_intermediate_size") or fields.get("multi_latent_attention")
+    return bool(fields.get("num_moe_experts") and fields.get("qk_layernorm")) and not other
 
 
 FAMILY = Family(

@@ -13,7 +13,9 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError
 from bridge_core.families import Copy, Family, Fields
 from bridge_core.geometry import Box, Piece, Shape, restrict, whole
 from bridge_core.patterns import at_layer, fill
@@ -26,7 +28,8 @@ from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expe
 class TensorMeta(NamedTuple):
     """What a receiver of HF weights must know of one of them before it arrives.
 
-    Tensors of one `group` are made from the same Megatron tensors and have to travel together.
+    Tensors of one `group` are made from the same Megatron tensors, or are a quantised weight and its scales, and
+    have to travel together.
     """
 
     name: str
@@ -96,8 +99,12 @@ class Plan:
         names: HF names that a checkpoint has; they choose between the forms in which a family is published.
         forms: or the forms themselves, as another plan's `forms` has them.
         ignore: patterns (as in a shell) of HF names to leave out: `mtp.*`, `model.visual.*`.
+        codec: the form in which the HF side stores its quantised weights; None for plain weights.
+        quantised: HF names of the weights that are quantised, where they are known already; else those that
+            the family's fp8 checkpoints quantise.
 
     Raises:
+        ConfigError: a codec is given, and the family has no such checkpoints.
         LayoutError: heads, experts, layers or widths do not divide over the layout.
         CoverageError: a row of the family's table does not tile its tensors.
     """
@@ -115,6 +122,8 @@ class Plan:
         names: Collection[str] | None = None,
         forms: Mapping[str, int] | None = None,
         ignore: Sequence[str] = (),
+        codec: Fp8Blocks | None = None,
+        quantised: Collection[str] | None = None,
     ) -> None:
         self.family = family
         self.fields = fields
@@ -124,6 +133,16 @@ class Plan:
         unit = make_vocab_size_divisible_by * layout.tp
         self.padded_vocab = padded_vocab or -(-fields["vocab_size"] // unit) * unit
         self.ignore = tuple(ignore)
+        self.codec = codec
+        self._quantised = quantised
+        if codec is not None and quantised is None and not family.quantised:
+            raise ConfigError(
+                f"it is not known which weights of a {family.name} checkpoint are quantised",
+                where="fp8",
+                expected="a family that is published in fp8",
+                got=family.name,
+                fix=f"export plain weights, or teach families/{family.name}.py: `quantised`",
+            )
         self.entries = compile_entries(
             family, fields, padded_vocab=self.padded_vocab, names=names, forms=forms, ignore=self.ignore
         )
@@ -154,6 +173,30 @@ class Plan:
         """Those of `copies` that exports write."""
         return {name: copy for name, copy in self.copies.items() if copy.written}
 
+    @cached_property
+    def quantised(self) -> frozenset[str]:
+        """Names of the HF weights that are stored quantised; empty without a codec."""
+        if self.codec is None:
+            return frozenset()
+        if self._quantised is not None:
+            return frozenset(name for name in self._quantised if name in self.hf_tensors)
+        patterns = self.family.quantised
+        return frozenset(
+            name
+            for entry in self.entries
+            if any(fnmatchcase(tensor.name, p) for tensor in entry.hf for p in patterns)
+            for name, tensor in entry.hf_names()
+            if any(fnmatchcase(tensor.name, p) for p in patterns)
+        )
+
+    @cached_property
+    def scales(self) -> dict[str, Shape]:
+        """Shape of every HF tensor that holds the scales of a quantised weight, by name."""
+        codec, shapes = self.codec, self.hf_tensors
+        if codec is None:
+            return {}
+        return {codec.scale_name(n): codec.scale_shape(shapes[n]) for n in shapes if n in self.quantised}
+
     @property
     def forms(self) -> dict[str, int]:
         """Which form of its row every entry has, where that is not the first."""
@@ -182,7 +225,22 @@ class Plan:
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
         for name, copy in self.written_copies.items():
             found[name] = found[copy.of]._replace(name=name)
-        return list(found.values())
+        return self.as_stored(found.values())
+
+    def as_stored(self, metadata: Iterable[TensorMeta]) -> list[TensorMeta]:
+        """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""
+        codec = self.codec
+        if codec is None:
+            return list(metadata)
+        found: list[TensorMeta] = []
+        for meta in metadata:
+            if meta.name not in self.quantised:
+                found.append(meta)
+                continue
+            shape = codec.scale_shape(meta.shape)
+            scales = TensorMeta(codec.scale_name(meta.name), codec.scale_dtype, shape, 4 * prod(shape), meta.group)
+            found += [meta._replace(dtype=codec.dtype, nbytes=prod(meta.shape)), scales]
+        return found
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces of the conversion, HF tensor to global Megatron tensor, whatever the layout."""
