@@ -28,6 +28,20 @@ BASE = {
     "tie_word_embeddings": False,
 }
 MOE = {"num_experts_per_tok": 2}
+LATENT = {key: value for key, value in BASE.items() if key not in ("head_dim", "num_key_value_heads")} | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
 
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
@@ -46,6 +60,8 @@ CONFIGS = {
         "mlp_only_layers": [0, 2],
     },
     "mixtral": BASE | MOE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+    "deepseek_v3": LATENT | {"q_lora_rank": 5, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+    "deepseek_v3-moonlight": LATENT | {"q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 2},
 }
 
 
@@ -71,7 +87,8 @@ def layouts(draw, config: dict):
     if uneven == "first" and pp == 2 and options["vpp"] == 1:
         options["num_layers_in_first_pipeline_stage"] = draw(st.sampled_from([1, 3]))
     if uneven == "string" and pp == 4:
-        options["pipeline_model_parallel_layout"] = draw(st.sampled_from(["Et|tt||tL", "E|tt|t|tL"]))
+        end = "mL" if config.get("num_nextn_predict_layers") else "L"
+        options["pipeline_model_parallel_layout"] = draw(st.sampled_from([f"Et|tt||t{end}", f"E|tt|t|t{end}"]))
     return ParallelLayout(**options)
 
 

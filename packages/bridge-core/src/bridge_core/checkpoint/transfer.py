@@ -4,7 +4,7 @@ Three paths, the same bytes; which one a job takes depends on its dtypes and on 
 
 * kernel: long runs are moved from file to file by `copy_file_range`; no byte enters this process.
 * gather: short runs are written from a map of the source, many with one system call (`pwritev`).
-* staged: casts, quantised tensors, and runs of a few bytes, go through numpy, one bounded block of the target at a time.
+* staged: casts, quantised tensors and runs of a few bytes go through numpy, one bounded block of the target at a time.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def values_of(source: Stored, piece: Piece, files: OpenFiles) -> np.ndarray:
-    """The elements of a stored tensor that a piece takes, in the piece's shape; those of a quantised one are decoded."""
+    """The elements of a stored tensor that a piece takes, in the piece's shape; of a quantised one, decoded."""
     if source.encoded is None or not piece.numel:
         return strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
     box, view = region(source.shape, piece.shape, piece.source)

@@ -1,8 +1,9 @@
 """Whether two checkpoint folders hold the same tensors, to the bit. HF or Megatron, in any pairing.
 
-Both sides are seen as HF tensors; quantised ones as they are read, unless both folders hold such. Those of a Megatron folder are assembled from its chunks by the very
-pieces that an export would use, block by block, and never written. Blocks are compared as they come;
-where they differ, both tensors are read to the end for the content hashes that the result names.
+Both sides are seen as HF tensors; quantised ones as they are read, unless both folders hold such. Those of a
+Megatron folder are assembled from its chunks by the very pieces that an export would use, block by block, and never
+written. Blocks are compared as they come; where they differ, both tensors are read to the end for the content hashes
+that the result names.
 """
 
 from __future__ import annotations

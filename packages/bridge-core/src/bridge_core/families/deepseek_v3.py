@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1, and models built like them (Moonlight, Kimi): latent attention, sigmoid-routed and shared experts.
+"""DeepSeek-V3 and R1, and models built like them (Moonlight): latent attention, sigmoid-routed and shared experts.
 
 The first layers are dense. A prediction layer (MTP) follows the last layer under the next number, with copies of the
 embedding and of the head. Published in fp8 blocks, or plain.

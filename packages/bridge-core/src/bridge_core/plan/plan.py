@@ -212,7 +212,11 @@ class Plan:
         return {fill(e.name, *instance): e.shape for e in self.entries for instance in e.instances()}
 
     def metadata(self) -> list[TensorMeta]:
-        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export."""
+        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export; with a codec, as stored."""
+        return self.as_stored(self.plain_metadata())
+
+    def plain_metadata(self) -> list[TensorMeta]:
+        """`metadata` as it is without a codec."""
         found: dict[str, TensorMeta] = {}
         for entry in self.entries:
             for layer, expert in entry.instances():
@@ -225,7 +229,7 @@ class Plan:
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
         for name, copy in self.written_copies.items():
             found[name] = found[copy.of]._replace(name=name)
-        return self.as_stored(found.values())
+        return list(found.values())
 
     def as_stored(self, metadata: Iterable[TensorMeta]) -> list[TensorMeta]:
         """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""

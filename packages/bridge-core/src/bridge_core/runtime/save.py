@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint.convert import carried_files, copy_files, written_config
+from bridge_core.checkpoint.convert import carried_files, codec_options, copy_files, written_config
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf
-from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
+from bridge_core.checkpoint.hf_layout import HfLayout, as_written, lay_out_files, lay_out_like
 from bridge_core.checkpoint.output import check_apart, check_free, real_path
 from bridge_core.checkpoint.together import write_folder
 from bridge_core.checkpoint.transfer import OpenFiles, create_file, write_all
@@ -24,6 +24,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
 from bridge_core.plan import Shard
+from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, is_second_copy, open_live, unwrap
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import flat, torch_dtype
@@ -59,6 +60,7 @@ def save_hf_pretrained(
     ignore: Sequence[str] = (),
     source: str | Path | None = None,
     dtype: str | None = None,
+    fp8: bool = False,
     max_shard_size: int = 2_000_000_000,
     overwrite: bool = False,
     groups: Any = None,
@@ -75,6 +77,8 @@ def save_hf_pretrained(
         ignore: patterns (as in a shell) of HF names to leave out.
         source: an HF folder whose split into files is used, and whose other files are carried along.
         dtype: dtype of floating-point tensors in the files; by default that of the parameters.
+        fp8: quantise what the family's fp8 checkpoints quantise (or what `source` has quantised) to fp8 with a
+            scale per block.
         max_shard_size: bytes per file, where no `source` says how to split.
         overwrite: replace a folder that holds something.
         groups: process groups of the model; by default those it was built with.
@@ -95,7 +99,8 @@ def save_hf_pretrained(
             check_apart(output, Path(source))
             like = open_hf(source)
         names = like.tensors if like else None
-        prepared.append((open_live(model, family, fields, groups=groups, names=names, ignore=ignore), like))
+        how = codec_options(fp8, like)
+        prepared.append((open_live(model, family, fields, groups=groups, names=names, ignore=ignore, **how), like))
 
     workers.together(check)
     live, like = prepared[0]
@@ -113,31 +118,47 @@ def save_hf_pretrained(
             copy_files(like.path, carried_files(like), folder)
 
     def fill(folder: Path, rank: int, size: int) -> None:
-        _Writer(live, layout, folder, tp_groups, tally).run()
+        scales = agreed_scales(live, dtypes, group) if fp8 else {}
+        _Writer(live, layout, folder, tp_groups, tally, dtypes, scales).run()
 
     def finish(folder: Path) -> None:
         if [file.name for file in layout.files] != [SINGLE]:
             (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-        written = written_config(family.consistent(config, fields) if config else family.to_hf(fields), layout)
+        written = family.consistent(config, fields) if config else family.to_hf(fields)
+        written = written_config(written, layout, live.plan.codec, like)
         (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     write_folder(output, layout.nbytes, workers, prepare, fill, finish, overwrite=overwrite)
     return SaveReport(
-        output=output, tensors=len(live.plan.hf_tensors), bytes_written=tally.written, exchanges=tally.exchanges
+        output=output,
+        tensors=len(as_written(live.plan, dtypes)[0]),
+        bytes_written=tally.written,
+        exchanges=tally.exchanges,
     )
 
 
 def _lay_out(live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max_shard_size: int) -> HfLayout:
     if like is not None:
         return lay_out_like(like, live.plan, dtypes)
-    return lay_out_files(live.plan.hf_tensors, dtypes, max_shard_size)
+    return lay_out_files(*as_written(live.plan, dtypes), max_shard_size)
 
 
 class _Writer:
     """Writes what this rank owns, shard by shard; all ranks of a tensor-parallel group go through the same shards."""
 
-    def __init__(self, live: LiveModel, layout: HfLayout, folder: Path, groups: Any, tally: _Tally) -> None:
+    def __init__(
+        self,
+        live: LiveModel,
+        layout: HfLayout,
+        folder: Path,
+        groups: Any,
+        tally: _Tally,
+        dtypes: dict[str, str],
+        scales: dict[str, Tensor],
+    ) -> None:
         self._live = live
+        self._dtypes = dtypes
+        self._scales = scales
         self._groups = groups
         self._tally = tally
         places = {
@@ -202,6 +223,9 @@ class _Writer:
         if shift:
             tensor = tensor.float() - shift
         # One Megatron tensor has one dtype in HF files, whichever of its HF tensors is asked.
+        if (name := pieces[0].source.tensor) in self._scales:
+            self._write_quantised(tensor.to(torch_dtype(self._dtypes[name])), pieces)
+            return
         _, _, dtype = self._places[pieces[0].source.tensor][0]
         data = tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
         itemsize = dtype_of(dtype).itemsize
@@ -212,6 +236,25 @@ class _Writer:
                 for at_source, at_target, length in runs(back):
                     part = data[at_source * itemsize : (at_source + length) * itemsize]
                     self._tally.written += write_all(descriptor, part, offset + at_target * itemsize)
+
+    def _write_quantised(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
+        """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
+        codec = self._live.plan.codec
+        assert codec is not None
+        for piece in pieces:
+            name = piece.source.tensor
+            shape, scales = self._live.plan.hf_tensors[name], self._scales[name]
+            codes, back = quantised(tensor, piece.inverse(), shape, scales, codec)
+            path, offset, _ = self._places[name][0]
+            data = codes.cpu().view(torch_dtype("U8")).numpy().data
+            descriptor = self._files.descriptor(path, write=True)
+            for at_source, at_target, length in runs(back):
+                part = data[at_source : at_source + length]
+                self._tally.written += write_all(descriptor, part, offset + at_target)
+            if back.target.offset == 0:
+                path, offset, _ = self._places[codec.scale_name(name)][0]
+                data = scales.contiguous().cpu().view(-1).view(torch_dtype("U8")).numpy().data
+                self._tally.written += write_all(self._files.descriptor(path, write=True), data, offset)
 
 
 def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:
