@@ -30,6 +30,7 @@ BASE = {
 MOE = {"num_experts_per_tok": 2}
 LATENT = {key: value for key, value in BASE.items() if key not in ("head_dim", "num_key_value_heads")} | {
     "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 16,  # eh_proj is cut along it
     "num_key_value_heads": 8,
     "kv_lora_rank": 6,
     "qk_nope_head_dim": 3,
@@ -93,9 +94,11 @@ def layouts(draw, config: dict):
 
 
 def distinct(plan: Plan) -> dict[str, np.ndarray]:
-    """HF tensors in which no two elements of the whole model are equal; 0 and -1 do not occur."""
+    """HF tensors in which no two elements of the whole model are equal; 0 and -1 do not occur. Without copies."""
     tensors, at = {}, 1
     for name, shape in plan.hf_tensors.items():
+        if name in plan.copies:
+            continue
         tensors[name] = np.arange(at, at + prod(shape), dtype=np.int64)
         at += prod(shape)
     return tensors

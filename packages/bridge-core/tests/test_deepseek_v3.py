@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 family: configurations both ways, what is refused, and plans of the published model with its scales."""
+"""The DeepSeek-V3 family: configurations both ways, what is refused, and plans of the published model."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_yarn_goes_both_ways(scaling, expected):
         ({"moe_layer_freq": 2}, ["moe_layer_freq"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads=8", "num_key_value_heads=4"]),
-        ({"n_group": 4, "topk_group": 1}, ["other groups", "topk_group=1"]),
+        ({"n_group": 4, "topk_group": 2}, ["other groups", "topk_group=2"]),
         ({"index_topk": 2048}, ["index_topk=2048"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["awq"]),
     ],
@@ -136,7 +136,6 @@ def test_the_published_model_is_planned_with_its_scales_in_a_second():
     print(f"{len(metadata)} tensors planned in {seconds:.2f} s, {len(shards)} of them on one rank")
     assert seconds < 1
     assert len(metadata) == 91_991
-    assert sum(meta.nbytes for meta in metadata) == 688_586_727_753 - 0 * len(shards)
     counts = Counter(meta.dtype for meta in metadata)
     assert counts["F8_E4M3"] == counts["F32"] - 59  # as many scales, and an expert bias in every layer with experts
     found = plan.audit({meta.name: meta.shape for meta in metadata})

@@ -138,6 +138,7 @@ def _inspect_hf(path: Path) -> Description:
     except ConfigError as error:
         family, note = None, f"{error.what}: {error.got}"
     sums = _sums((name, tensor.dtype, tensor.shape) for name, tensor in folder.stored.items())
+    sums["parameters"] = sum(prod(tensor.shape) for tensor in folder.tensors.values())
     return Description(
         path=path,
         kind="hf",
@@ -147,7 +148,7 @@ def _inspect_hf(path: Path) -> Description:
         training_state={},
         note=note,
         quantised=f"{len(folder.quantised)} weights, {folder.codec}" if folder.codec else None,
-        **(sums | {"parameters": sum(prod(tensor.shape) for tensor in folder.tensors.values())}),
+        **sums,
     )
 
 

@@ -97,5 +97,6 @@ def codec_of(config: Mapping[str, Any], *, where: object = "config.json") -> Fp8
 
 def _block(said: Mapping[str, Any]) -> tuple[int, ...]:
     size = said.get("weight_block_size")
-    whole = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-    return tuple(size) if whole else ()
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        return ()
+    return tuple(size)

@@ -22,6 +22,7 @@ from bridge_core.patterns import at_layer, fill
 from bridge_core.plan.audit import Audit, audit
 from bridge_core.plan.entries import Entry, compile_entries
 from bridge_core.plan.placement import DECODER_LAYERS, EMBEDDING, OUTPUT, check_layout, holds, part_of
+from bridge_core.plan.stored import as_stored, quantised_names
 from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range, place_layers
 
 
@@ -180,14 +181,7 @@ class Plan:
             return frozenset()
         if self._quantised is not None:
             return frozenset(name for name in self._quantised if name in self.hf_tensors)
-        patterns = self.family.quantised
-        return frozenset(
-            name
-            for entry in self.entries
-            if any(fnmatchcase(tensor.name, p) for tensor in entry.hf for p in patterns)
-            for name, tensor in entry.hf_names()
-            if any(fnmatchcase(tensor.name, p) for p in patterns)
-        )
+        return quantised_names(self.entries, self.family.quantised)
 
     @cached_property
     def scales(self) -> dict[str, Shape]:
@@ -220,11 +214,12 @@ class Plan:
         found: dict[str, TensorMeta] = {}
         for entry in self.entries:
             for layer, expert in entry.instances():
-                name = fill(entry.name, layer, expert)
+                number = str(expert)
+                name = number.join(at_layer(entry.name, layer))
                 for tensor in entry.hf:
-                    hf = fill(tensor.name, layer, expert)
-                    group = hf if entry.stack_stride(tensor) else name
-                    dtype = self.dtypes.get(hf, self.dtype)
+                    hf = number.join(at_layer(tensor.name, layer))
+                    group = hf if entry.shifts[tensor.name] else name
+                    dtype = self.dtypes.get(hf, entry.dtype or self.dtype)
                     nbytes = prod(tensor.shape) * dtype_of(dtype).itemsize
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
         for name, copy in self.written_copies.items():
@@ -233,18 +228,7 @@ class Plan:
 
     def as_stored(self, metadata: Iterable[TensorMeta]) -> list[TensorMeta]:
         """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""
-        codec = self.codec
-        if codec is None:
-            return list(metadata)
-        found: list[TensorMeta] = []
-        for meta in metadata:
-            if meta.name not in self.quantised:
-                found.append(meta)
-                continue
-            shape = codec.scale_shape(meta.shape)
-            scales = TensorMeta(codec.scale_name(meta.name), codec.scale_dtype, shape, 4 * prod(shape), meta.group)
-            found += [meta._replace(dtype=codec.dtype, nbytes=prod(meta.shape)), scales]
-        return found
+        return as_stored(metadata, self.codec, self.quantised)
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces of the conversion, HF tensor to global Megatron tensor, whatever the layout."""
