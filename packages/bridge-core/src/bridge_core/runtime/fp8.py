@@ -10,9 +10,10 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint.fp8 import not_finite, region
+from bridge_core.checkpoint.fp8 import not_finite
 from bridge_core.codecs import Fp8Blocks
-from bridge_core.geometry import Piece, Shape, View, in_source_order, row_major
+from bridge_core.errors import GeometryError
+from bridge_core.geometry import Piece, Shape, View, dim_steps, in_source_order, row_major
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
 
@@ -109,11 +110,10 @@ def _matrix(memory: Tensor, piece: Piece, shape: Shape) -> tuple[Tensor, Tensor,
 
     back = in_source_order(piece.inverse()).inverse()  # axes in the order of the HF weight: rows, then columns
     values = window(memory, back.shape, back.source)
-    first, left = divmod(back.target.offset, shape[1])
-    box, _ = region(shape, back.shape, back.target)
     device, width = memory.device, shape[1]
-    if box.shape[1] == width and left:
-        raise NotImplementedError(f"{back.target.tensor}: axes that run on from row to row")
+    first, left = divmod(back.target.offset, width)
+    if any(dim > 1 for dim, _ in dim_steps(back.target, back.shape, shape)):
+        raise GeometryError("only matrices are quantised", where=back.target.tensor, got=shape)
     rows, cols = torch.full((1,), first, device=device), torch.full((1,), left, device=device)
     for extent, stride in zip(back.shape, back.target.strides, strict=True):
         steps = torch.arange(extent, device=device)
