@@ -354,3 +354,12 @@ def test_whole_is_a_region_too():
 
     view = View("", 0, row_major((7, 5)))
     assert region((7, 5), (7, 5), view) == (whole((7, 5)), view)
+
+
+def test_the_command_line_exports_to_fp8(fp8, megatron, tmp_path, capsys):
+    from bridge_core.cli import main
+
+    assert main(["export", str(megatron[0]), str(tmp_path / "out"), "--source", str(fp8), "--fp8"]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "fp8 in blocks of 16 x 12" in capsys.readouterr().out
+    assert load(tmp_path / "out").keys() == load(fp8).keys()

@@ -18,6 +18,7 @@ from runtime.deepseek_jobs import expert_bias_after, fp8_round_trip  # noqa: E40
 from runtime.live_jobs import round_trip  # noqa: E402
 
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt, verify  # noqa: E402
+from bridge_core.checkpoint.convert import Options  # noqa: E402
 from bridge_core.dtypes import dtype_of  # noqa: E402
 from bridge_core.testing.hf_layouts import save_published  # noqa: E402
 from bridge_core.testing.hf_models import make_model  # noqa: E402
@@ -202,3 +203,24 @@ def test_a_verified_import_of_fp8_is_that_of_the_plain_folder(fp8, tmp_path):
     import_ckpt(fp8, tmp_path / "megatron")
     export_ckpt(tmp_path / "megatron", tmp_path / "plain")
     assert verify(tmp_path / "plain", fp8).ok
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_an_expert_bias_keeps_the_dtype_that_it_is_published_in(made, tmp_path, stored):
+    """Moonlight publishes it in bfloat16, DeepSeek-V3 in float32; neither is cast, whatever is asked for."""
+    from safetensors.torch import save_file
+
+    hf, _, _ = made("moonlight")
+    tensors = {
+        name: tensor.to(stored if name.endswith("correction_bias") else torch.bfloat16)
+        for name, tensor in load(hf).items()
+    }
+    source = tmp_path / "hf"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text((hf / "config.json").read_text())
+    import_ckpt(source, tmp_path / "megatron", options=Options(dtype="fp32"))
+    export_ckpt(tmp_path / "megatron", tmp_path / "out", options=Options(dtype="bf16"))
+    found = load(tmp_path / "out")
+    assert found.keys() == tensors.keys()
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())
