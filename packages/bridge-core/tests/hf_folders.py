@@ -16,14 +16,15 @@ DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
 def tensors_of(config: dict, dtype: str = "float32") -> dict[str, np.ndarray]:
     """All tensors of a model; no two elements are equal (in float32)."""
-    shapes = make_plan(config, ParallelLayout()).hf_tensors
+    plan = make_plan(config, ParallelLayout())
+    shapes = plan.hf_tensors
     total = sum(map(prod, shapes.values()))
     values = np.random.default_rng(0).permutation(total)
     found, at = {}, 0
     for name, shape in shapes.items():
         found[name] = (values[at : at + prod(shape)].reshape(shape) - total // 2).astype(dtype)
         at += prod(shape)
-    return found
+    return found | {name: found[copy.of] for name, copy in plan.written_copies.items()}
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -41,7 +42,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def write_hf(folder: Path, name: str = "llama", *, files: int = 1, dtype: str = "float32", **changes) -> Path:
     """A folder of one of `simulation.CONFIGS`, with `files` weight files; a change to None leaves an option out."""
-    config = {key: value for key, value in (CONFIGS[name] | changes).items() if value is not None}
+    config = {key: value for key, value in (CONFIGS[name] | changes).items() if changes.get(key, 0) is not None}
     return write_folder(folder, config, tensors_of(config, dtype), files=files)
 
 

@@ -58,6 +58,21 @@ HYBRID = (
         "moe_shared_expert_intermediate_size": 16,
     }
 )
+LATENT = {key: value for key, value in BASE.items() if key not in ("head_dim", "num_key_value_heads")} | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 16,  # eh_proj is cut along it
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
 
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
@@ -93,6 +108,8 @@ CONFIGS = {
     | {"hybrid_override_pattern": "EMM*", "num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*ME"}
     | {"moe_latent_size": 8},
     "nemotron_h-dense": HYBRID | {"hybrid_override_pattern": "MMMM", "tie_word_embeddings": True},
+    "deepseek_v3": LATENT | {"q_lora_rank": 5, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+    "deepseek_v3-moonlight": LATENT | {"q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 2},
 }
 
 
@@ -126,9 +143,11 @@ def layouts(draw, config: dict):
 
 
 def distinct(plan: Plan) -> dict[str, np.ndarray]:
-    """HF tensors in which no two elements of the whole model are equal; 0 and -1 do not occur."""
+    """HF tensors in which no two elements of the whole model are equal; 0 and -1 do not occur. Without copies."""
     tensors, at = {}, 1
     for name, shape in plan.hf_tensors.items():
+        if name in plan.copies:
+            continue
         tensors[name] = np.arange(at, at + prod(shape), dtype=np.int64)
         at += prod(shape)
     return tensors

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
+from bridge_core.codecs import Fp8Blocks, codec_of
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Family, Fields, all_families, family_for
@@ -38,6 +39,7 @@ class AutoBridge:
         fields: the model's Megatron fields (`TransformerConfig` fields and what `GPTModel` takes beside them).
         path: the HF folder, or None.
         ignore: patterns (as in a shell) of HF names that are left out.
+        codec: the form in which the HF checkpoint stores quantised weights; None for plain weights.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AutoBridge:
         self.path = path
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
+        self.codec = codec_of(self.config)
         self.fields: Fields = self.family.without(
             self.family.to_megatron(self.config, ignore=ignore_options), self.ignore
         )
@@ -120,6 +123,8 @@ class AutoBridge:
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             inventory=folder.shapes if folder else None,
             ignore=self.ignore,
+            codec=self.codec,
+            quantised=folder.quantised if folder else None,
         )
 
     @property
@@ -211,11 +216,14 @@ class AutoBridge:
 
         return load_megatron_model(model, path, self.family, self.fields, **{"ignore": self.ignore, **options})
 
-    def stream(self, model: Any, *, groups: Any = None, **options: Any) -> Stream:
-        """The export of a live model, planned once for many passes. See `runtime.stream.Stream`."""
+    def stream(self, model: Any, *, groups: Any = None, fp8: bool = False, **options: Any) -> Stream:
+        """The export of a live model, planned once for many passes. See `runtime.stream.Stream`.
+
+        With `fp8`, the weights that the family's fp8 checkpoints quantise are yielded so, each followed by its scales.
+        """
         from bridge_core.runtime.stream import Stream
 
-        return Stream(self._live(model, groups), **options)
+        return Stream(self._live(model, groups, Fp8Blocks() if fp8 else None), **options)
 
     def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """Every HF tensor of a live model as (name, tensor), in one order on all ranks. Collective, lazy.
@@ -255,10 +263,10 @@ class AutoBridge:
 
         return WeightSource(self.stream(model, **options), cpu=cpu)
 
-    def _live(self, model: Any, groups: Any) -> LiveModel:
+    def _live(self, model: Any, groups: Any, codec: Fp8Blocks | None = None) -> LiveModel:
         from bridge_core.runtime.live import open_live
 
-        return open_live(model, self.family, self.fields, groups=groups, ignore=self.ignore)
+        return open_live(model, self.family, self.fields, groups=groups, ignore=self.ignore, codec=codec)
 
     def _folder(self, path: str | Path | None) -> Path:
         if path is None and self.path is None:

@@ -18,7 +18,7 @@ from typing import Any
 from bridge_core.checkpoint.copies import check_copies
 from bridge_core.checkpoint.dcp_layout import DcpLayout, write_metadata
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
-from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
+from bridge_core.checkpoint.hf_layout import HfLayout, as_written, lay_out_files, lay_out_like
 from bridge_core.checkpoint.hf_output import (
     carried_files,
     copy_files,
@@ -33,6 +33,7 @@ from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer
 from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError
 from bridge_core.families import family_for
 from bridge_core.patterns import match
@@ -127,6 +128,7 @@ def export_ckpt(
     source: str | Path | None = None,
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 2_000_000_000,
+    fp8: bool = False,
     options: Options = Options(),
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
@@ -144,6 +146,8 @@ def export_ckpt(
         hf_config: config.json (path or content) for a checkpoint that does not say how its model is configured;
             not looked at if there is a `source`.
         max_shard_size: bytes per weight file, where no `source` says how to split.
+        fp8: quantise what the family's fp8 checkpoints quantise (or what `source` has quantised) to fp8 with a
+            scale per block. Without it weights are written plain, whatever the model was imported from.
         options: dtype, overwriting, workers.
         ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         ignore_options: options of config.json that the family does not know and that do not matter.
@@ -158,7 +162,10 @@ def export_ckpt(
         like = open_hf(source) if source is not None else None
         given = like.config if like else _as_config(hf_config)
         checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
-        return _plan_export(checkpoint, output, like, max_shard_size, ignore, options)
+        ready = export_plan(
+            checkpoint, inventory=like.shapes if like else None, ignore=ignore, **codec_options(fp8, like)
+        )
+        return _plan_export(checkpoint, ready, output, like, max_shard_size, options)
 
     return _write(jointly(options.workers, plan), Path(hf_path), options, on_total)
 
@@ -229,8 +236,17 @@ def _plan_import(
     family = family_for(source.config)
     fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore)
     stored = {name: tensor.dtype for name, tensor in source.tensors.items()}
-    plan = Plan(family, fields, ParallelLayout(), dtypes=stored, inventory=source.shapes, ignore=ignore)
-    audit = plan.audit(source.shapes)
+    plan = Plan(
+        family,
+        fields,
+        ParallelLayout(),
+        dtypes=stored,
+        inventory=source.shapes,
+        ignore=ignore,
+        codec=source.codec,
+        quantised=source.quantised,
+    )
+    audit = plan.audit({name: tensor.shape for name, tensor in source.stored.items()})
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     main = _main_dtype(layout, dtypes)
@@ -290,26 +306,25 @@ def _fill_import(
 
 def _plan_export(
     checkpoint: MegatronFolder,
+    plan: Plan,
     output: Path,
     like: HfFolder | None,
     max_shard_size: int,
-    ignore: Sequence[str],
     options: Options,
 ) -> _Conversion:
-    plan = export_plan(checkpoint, inventory=like.shapes if like else None, ignore=ignore)
     wired = megatron_entries(plan, checkpoint)
     dtypes = wired.hf_dtypes(options.dtype)
     if like:
         layout = lay_out_like(like, plan, dtypes)
         base, carried = like.path, carried_files(like)
     else:
-        layout = lay_out_files(plan.hf_tensors, dtypes, max_shard_size)
+        layout = lay_out_files(*as_written(plan, dtypes), max_shard_size)
         base = checkpoint.path / ASSETS
         carried = stored_assets(base)
     given = like.config if like else checkpoint.hf_config
     config = plan.family.consistent(given, plan.fields) if given else plan.family.to_hf(plan.fields)
     # Looks at the head of every item: a corrupt one is found before anything is written.
-    jobs = export_jobs(plan, wired, layout, partial_path(output))
+    jobs = export_jobs(plan, wired, layout, partial_path(output), dtype=options.dtype)
     mine = share(jobs, options.workers.rank, options.workers.size)
     return _Conversion(
         output=output,
@@ -321,8 +336,17 @@ def _plan_export(
         carried=carried,
         prepare=partial(_prepare_export, layout, base, carried),
         fill=lambda folder, rank, size: transfer(mine, threads=options.threads, progress=options.progress),
-        finish=lambda folder: finish_hf_folder(folder, layout, config),
+        finish=lambda folder: finish_hf_folder(folder, layout, config, codec=plan.codec, like=like),
     )
+
+
+def codec_options(fp8: bool, like: HfFolder | None) -> dict[str, Any]:
+    """What a `Plan` is told of an export to fp8: the blocks and the weights of `like`, where it is quantised."""
+    if not fp8:
+        return {}
+    if like is None or like.codec is None:
+        return {"codec": Fp8Blocks()}
+    return {"codec": like.codec, "quantised": like.quantised}
 
 
 def _as_config(value: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bridge_core.checkpoint.fp8 import present
 from bridge_core.checkpoint.safetensors import Stored, read_header
-from bridge_core.errors import CheckpointError, ConfigError, UnsafeCheckpointError, preview
+from bridge_core.codecs import Fp8Blocks, codec_of
+from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
 from bridge_core.geometry import Shape
 
 INDEX = "model.safetensors.index.json"
@@ -24,7 +26,10 @@ class HfFolder:
     Attributes:
         path: the folder.
         config: content of config.json.
-        tensors: where each tensor lies, in the order of files and of bytes within them.
+        tensors: where each tensor lies, in the order of files and of bytes within them. A quantised weight is one
+            tensor with its scales, in the dtype that it is read in.
+        stored: the same as they lie in the files: scales are tensors of their own.
+        codec: how quantised weights are stored; None for plain weights.
         files: weight file to the names of its tensors, in byte order.
         metadata: weight file to its `__metadata__`.
         headers: weight file to the bytes before its tensors.
@@ -33,6 +38,8 @@ class HfFolder:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Stored] = field(repr=False)
+    stored: dict[str, Stored] = field(repr=False)
+    codec: Fp8Blocks | None
     files: dict[str, list[str]] = field(repr=False)
     metadata: dict[str, dict[str, str]] = field(repr=False)
     headers: dict[str, bytes] = field(repr=False)
@@ -43,9 +50,14 @@ class HfFolder:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @cached_property
+    def quantised(self) -> frozenset[str]:
+        """Names of the weights that are stored quantised."""
+        return frozenset(name for name, tensor in self.tensors.items() if tensor.encoded is not None)
+
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of all tensors in the files."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
     def other_files(self) -> list[Path]:
         """Every file that is neither a weight file nor their index nor config.json: tokenizer, generation, docs."""
@@ -90,6 +102,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no such folder, or it has no readable config.json.
+        ConfigError: the checkpoint is quantised in a way that is not known.
     """
     if not path.exists():
         raise CheckpointError(
@@ -100,14 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
             fix="check the path; models are not downloaded",
         )
     config = read_json(path / CONFIG if path.is_dir() else path)
-    if config.get("quantization_config") is not None:
-        raise ConfigError(
-            "quantised checkpoints are not converted",
-            where=f"{path}: quantization_config",
-            expected="weights in bf16, fp16 or fp32",
-            got=config["quantization_config"],
-            fix="dequantise the checkpoint first",
-        )
+    codec_of(config, where=path)
     return config
 
 
@@ -148,7 +154,9 @@ def open_hf(path: str | Path) -> HfFolder:
         files[name] = list(found)
     if weight_map is not None:
         _check_index(folder, weight_map, files)
-    return HfFolder(folder, config, tensors, files, metadata, headers)
+    codec = codec_of(config, where=folder)
+    presented = tensors if codec is None else present(tensors, codec, where=folder)
+    return HfFolder(folder, config, presented, tensors, codec, files, metadata, headers)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

@@ -10,6 +10,7 @@ from math import prod
 
 from bridge_core.checkpoint.hf_folder import SINGLE, HfFolder
 from bridge_core.checkpoint.safetensors import Laid, lay_out, place
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, preview
 from bridge_core.geometry import Shape
@@ -39,7 +40,8 @@ class HfLayout:
         count: Counter[str] = Counter()
         for file in self.files:
             for _, dtype, shape in file.tensors.values():
-                count[dtype] += prod(shape)
+                # A weight in fp8 is of the dtype that it is read in.
+                count[Fp8Blocks.presented if dtype == Fp8Blocks.dtype else dtype] += prod(shape)
         return count.most_common(1)[0][0]
 
     def index(self) -> str:
@@ -48,6 +50,27 @@ class HfLayout:
         elements = sum(prod(shape) for file in self.files for _, _, shape in file.tensors.values())
         metadata = {"total_parameters": elements, "total_size": self.tensor_nbytes}
         return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+
+
+def as_written(plan: Plan, dtypes: Mapping[str, str]) -> tuple[dict[str, Shape], dict[str, str]]:
+    """Shapes and dtypes of all tensors to be written: with a codec, every quantised weight is followed by its scales.
+
+    Args:
+        plan: of the export.
+        dtypes: of the weights, as they are without a codec.
+    """
+    codec = plan.codec
+    if codec is None:
+        return plan.hf_tensors, dict(dtypes)
+    shapes: dict[str, Shape] = {}
+    dtypes = dict(dtypes)
+    for name, shape in plan.hf_tensors.items():
+        shapes[name] = shape
+        if name in plan.quantised:
+            scales = codec.scale_name(name)
+            shapes[scales] = codec.scale_shape(shape)
+            dtypes |= {name: codec.dtype, scales: codec.scale_dtype}
+    return shapes, dtypes
 
 
 def lay_out_files(shapes: Mapping[str, Shape], dtypes: Mapping[str, str], max_shard_size: int) -> HfLayout:
@@ -71,24 +94,37 @@ def lay_out_files(shapes: Mapping[str, Shape], dtypes: Mapping[str, str], max_sh
 
 
 def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str]) -> HfLayout:
-    """The files of `source`, with the same tensors in the same order; only dtypes may differ.
+    """The files of `source`, with the same tensors in the same order; only dtypes may differ, and scales come or go.
 
     Raises:
         CoverageError: the source holds other tensors than the plan, or other shapes.
     """
     ignored = set(plan.audit(source.shapes).ignored)
-    shapes = plan.hf_tensors | {name: plan.hf_tensors[copy.of] for name, copy in plan.copies.items()}
+    repeated = {name: copy.of for name, copy in plan.copies.items() if name in source.tensors}
+    shapes, dtypes = as_written(plan, dtypes)
+    shapes = shapes | {name: shapes[of] for name, of in repeated.items()}
+    written = shapes.keys() - ignored
     files: list[Laid] = []
     for name, tensors in source.files.items():
-        kept = [(tensor, dtypes[tensor], shapes[tensor]) for tensor in tensors if tensor not in ignored]
-        unchanged = all(dtype == source.tensors[tensor].dtype for tensor, dtype, _ in kept)
+        wanted = [t for tensor in tensors for t in _with_scales(tensor, source, plan)]
+        kept = [(tensor, dtypes[tensor], shapes[tensor]) for tensor in wanted if tensor in written]
+        unchanged = wanted == tensors and all(dtype == source.stored[tensor].dtype for tensor, dtype, _ in kept)
         if unchanged and len(kept) == len(tensors):
             # The very same header, however its writer formatted it: then the whole file will be the same.
-            placed = {t: (source.tensors[t].offset, dtype, shape) for t, dtype, shape in kept}
-            end = max(source.tensors[t].offset + source.tensors[t].nbytes for t in tensors)
+            placed = {t: (source.stored[t].offset, dtype, shape) for t, dtype, shape in kept}
+            end = max(source.stored[t].offset + source.stored[t].nbytes for t in tensors)
             files.append(Laid(name, source.headers[name], placed, end))
+        elif wanted != tensors:
+            files.append(lay_out(name, kept, metadata=source.metadata[name] or None))  # aligned for every dtype
         elif kept:
             files.append(place(name, kept, metadata=source.metadata[name] or None))
     if not files:
         raise CoverageError("the source holds no tensor of the model", where=source.path, got=preview(source.tensors))
     return HfLayout(tuple(files))
+
+
+def _with_scales(tensor: str, source: HfFolder, plan: Plan) -> tuple[str, ...]:
+    """A tensor of the source, and the scales that it gets where the source has none."""
+    if plan.codec is None or tensor not in plan.quantised or tensor in source.quantised:
+        return (tensor,)
+    return tensor, plan.codec.scale_name(tensor)

@@ -11,6 +11,8 @@ from typing import Any
 from bridge_core.checkpoint.files import create_file
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder
 from bridge_core.checkpoint.hf_layout import HfLayout
+from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs.fp8_blocks import OPTION
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import UnsafeCheckpointError
 
@@ -27,17 +29,39 @@ def create_weight_files(folder: Path, layout: HfLayout) -> None:
         create_file(folder / file.name, file.nbytes, file.header)
 
 
-def finish_hf_folder(folder: Path, layout: HfLayout, config: Mapping[str, Any]) -> None:
-    """Write what makes weight files a checkpoint: the index, if there is more than one, and config.json."""
+def finish_hf_folder(
+    folder: Path,
+    layout: HfLayout,
+    config: Mapping[str, Any],
+    *,
+    codec: Fp8Blocks | None = None,
+    like: HfFolder | None = None,
+) -> None:
+    """Write what makes weight files a checkpoint: the index, if there is more than one, and config.json.
+
+    The last two are as for `written_config`.
+    """
     if [file.name for file in layout.files] != [SINGLE]:
         (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-    text = json.dumps(written_config(config, layout), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(written_config(config, layout, codec, like), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def written_config(config: Mapping[str, Any], layout: HfLayout) -> dict[str, Any]:
-    """config.json as it goes with the files written: the same, but for the dtype."""
-    config = dict(config)
+def written_config(
+    config: Mapping[str, Any], layout: HfLayout, codec: Fp8Blocks | None = None, like: HfFolder | None = None
+) -> dict[str, Any]:
+    """config.json as it goes with the files written: the same, but for the dtype and the quantisation.
+
+    Args:
+        config: of the model.
+        layout: the files.
+        codec: how they store quantised weights; None for plain weights.
+        like: the folder whose choice of quantised weights they follow, if it is quantised.
+    """
+    config = {name: value for name, value in config.items() if name != OPTION}
+    if codec is not None:
+        said = like.config[OPTION] if like is not None and like.codec else codec.to_hf()
+        config[OPTION] = {name: value for name, value in said.items() if name != "scale_fmt"}  # ours are plain float32
     written = dtype_of(layout.main_dtype()).torch
     if "torch_dtype" in config:
         config["torch_dtype"] = written

@@ -62,7 +62,8 @@ class Description:
         family: name of the model family; None where no family handles the model.
         form: how weights are laid out: `sharded` or `single file`; for Megatron the form of its layers and
             experts (`stacked`, `per layer`, `singleton`), None where that cannot be told without a family.
-        parameters: elements of all weights; on the Megatron side with the padding of the vocabulary.
+        parameters: elements of all weights; on the Megatron side with the padding of the vocabulary. Scales of
+            quantised weights are no parameters.
         nbytes: bytes of all weights.
         dtypes: safetensors dtype to the number of elements that have it.
         files: weight file to its size in bytes.
@@ -70,6 +71,7 @@ class Description:
         training_state: tensors and objects beside the weights (optimizer and the like), by the first part
             of their name, with their number.
         note: why something above could not be told, or None.
+        quantised: how quantised weights are stored, or None.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class Description:
     tensors: tuple[Pattern, ...]
     training_state: dict[str, int]
     note: str | None
+    quantised: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The description as JSON values."""
@@ -134,6 +137,8 @@ def _inspect_hf(path: Path) -> Description:
         family = family_for(folder.config).name
     except ConfigError as error:
         family, note = None, f"{error.what}: {error.got}"
+    sums = _sums((name, tensor.dtype, tensor.shape) for name, tensor in folder.stored.items())
+    sums["parameters"] = sum(prod(tensor.shape) for tensor in folder.tensors.values())
     return Description(
         path=path,
         kind="hf",
@@ -142,7 +147,8 @@ def _inspect_hf(path: Path) -> Description:
         files={name: (path / name).stat().st_size for name in folder.files},
         training_state={},
         note=note,
-        **_sums((name, tensor.dtype, tensor.shape) for name, tensor in folder.tensors.items()),
+        quantised=f"{len(folder.quantised)} weights, {folder.codec}" if folder.codec else None,
+        **sums,
     )
 
 

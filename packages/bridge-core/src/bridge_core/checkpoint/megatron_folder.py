@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
 from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
@@ -119,7 +120,12 @@ def open_megatron(
 
 
 def export_plan(
-    checkpoint: MegatronFolder, *, inventory: Mapping[str, Shape] | None = None, ignore: Sequence[str] = ()
+    checkpoint: MegatronFolder,
+    *,
+    inventory: Mapping[str, Shape] | None = None,
+    ignore: Sequence[str] = (),
+    codec: Fp8Blocks | None = None,
+    quantised: Collection[str] | None = None,
 ) -> Plan:
     """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has.
 
@@ -127,6 +133,7 @@ def export_plan(
         checkpoint: says what was left out of it, and in which forms its tensors were published.
         inventory: shapes of the HF tensors to be like, where there are such.
         ignore: further patterns of HF names to leave out.
+        codec, quantised: as for a `Plan`.
     """
     stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
     ignore = tuple(dict.fromkeys((*checkpoint.ignore, *ignore)))
@@ -138,6 +145,8 @@ def export_plan(
         inventory=inventory,
         forms=checkpoint.forms,
         ignore=ignore,
+        codec=codec,
+        quantised=quantised,
     )
 
 

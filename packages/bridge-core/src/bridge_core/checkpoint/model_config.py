@@ -24,7 +24,9 @@ _NEEDED = (*_SIZES, "share_embeddings_and_output_weights")
 # What decides where weights lie. Training options may differ; so may the rotary base, which holds no weights.
 _GEOMETRY = (
     *(name for name in _NEEDED if name != "vocab_size"),
-    *("num_moe_experts", "moe_ffn_hidden_size", "add_qkv_bias", "qk_layernorm"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers"),
+    *("add_qkv_bias", "qk_layernorm", "multi_latent_attention"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("hybrid_layer_pattern", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"),
     "moe_latent_size",
 )
@@ -199,6 +201,8 @@ def _compare(
     ours: Fields, family: Family | None, given: Fields, other: Family, *, where: Path, names: Sequence[str]
 ) -> None:
     """The checkpoint's own configuration against a given one, wherever both say something."""
+    if given.get("multi_latent_attention"):
+        names = [name for name in names if name != "kv_channels"]  # says nothing there, and everyone sets another
     wrong = [n for n in names if ours.get(n) is not None and (ours[n] or None) != (given.get(n) or None)]
     if family is not None and family.name != other.name:
         wrong.insert(0, "family")
@@ -228,7 +232,9 @@ def _check_vocabulary(said: _Said, given: Fields) -> None:
 
 def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
     """Fields that change what weights mean have the values that the family stands for."""
-    translated = {option.megatron for section in family.parts.values() for option in section.fields} | family.translates
+    sections = family.parts.values()
+    translated = {option.megatron for section in sections for option in section.fields}
+    translated = translated.union(*(section.gives for section in sections))
     expected = {k: v for k, v in family.megatron.items() if k not in _TRAINING}
     expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected and k not in translated}
     if not fields.get("num_moe_experts"):

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Shape
@@ -23,17 +24,40 @@ MAX_HEADER = 100_000_000
 
 
 class Stored(NamedTuple):
-    """A contiguous row-major tensor inside a file; `offset` in bytes from the start of the file."""
+    """A contiguous row-major tensor inside a file; `offset` in bytes from the start of the file.
+
+    One with `encoded` is stored quantised: `dtype` is then the one that it is read in, or written from.
+    """
 
     path: str
     offset: int
     dtype: str
     shape: Shape
+    encoded: Encoded | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes."""
+        """Bytes that the tensor takes in `dtype`."""
         return prod(self.shape) * dtype_of(self.dtype).itemsize
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the tensor takes in files, with its scales."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """The tensors as they lie in files: itself, or codes and scales."""
+        if self.encoded is None:
+            return (self,)
+        return self._replace(dtype=self.encoded.codec.dtype, encoded=None), self.encoded.scales
+
+
+class Encoded(NamedTuple):
+    """How a quantised tensor is stored: its codec, and where its scales lie."""
+
+    codec: Fp8Blocks
+    scales: Stored
 
 
 class Laid(NamedTuple):

@@ -4,7 +4,7 @@ Three paths, the same bytes; which one a job takes depends on its dtypes and on 
 
 * kernel: long runs are moved from file to file by `copy_file_range`; no byte enters this process.
 * gather: short runs are written from a map of the source, many with one system call (`pwritev`).
-* staged: casts, and runs of a few bytes, go through numpy.
+* staged: casts, quantised tensors, and runs of a few bytes, go through numpy.
 
 The last two take a target block by block, so memory does not grow with the tensors.
 """
@@ -22,10 +22,11 @@ from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles, copy_run, write_all
+from bridge_core.checkpoint.fp8 import decode, encode, read_bytes, region
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
-from bridge_core.geometry import Piece, Shape, View, restrict, row_major, run_length, runs, slabs
+from bridge_core.geometry import Box, Piece, Shape, View, restrict, row_major, run_length, runs, slabs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,8 @@ class Job(NamedTuple):
     """One target tensor, and the pieces that fill it, each with the stored tensor it comes from.
 
     The views of a piece are in elements of the stored tensors; the names in them are not looked at.
-    `head` and `tail` are written before and after the data; `shift` is added to every value.
+    `head` and `tail` are written before and after the data; `shift` is added to every value. A target that is
+    stored quantised is assembled in its own dtype, and quantised then.
     """
 
     target: Stored
@@ -195,13 +197,13 @@ class _Worker:
                 self._writer.flush()
                 self._stage(self._files.descriptor(target.path, write=True), job)
             self._writer.add(target.path, target.offset + target.nbytes, job.tail)
-            self._progress(target.nbytes)
+            self._progress(target.disk_bytes)
         self._writer.flush()
 
     def _shortest_run(self, job: Job) -> int:
         """Bytes of the shortest run of a job; 0 if it needs arithmetic."""
         dtype = job.target.dtype
-        if job.shift or any(source.dtype != dtype for source, _ in job.parts):
+        if job.shift or any(source.dtype != dtype or source.encoded for source, _ in job.parts) or job.target.encoded:
             return 0
         elements = min((_run_length(p.shape, p.source.strides, p.target.strides) for _, p in job.parts), default=1)
         return elements * dtype_of(dtype).itemsize
@@ -242,9 +244,27 @@ class _Worker:
 
         itemsize = dtype_of(job.target.dtype).itemsize
         for first, buffer in gather(job, self._files):
+            if job.target.encoded:
+                self._encode(descriptor, job.target, first, buffer)
+                continue
             write_all(descriptor, buffer.view(np.uint8).data, job.target.offset + first * itemsize)
             self._staged += buffer.nbytes
-        self._read += sum(piece.numel * dtype_of(source.dtype).itemsize for source, piece in job.parts)
+        self._read += sum(read_bytes(source, piece) for source, piece in job.parts)
+
+    def _encode(self, descriptor: int, target: Stored, first: int, buffer: np.ndarray) -> None:
+        """Write whole rows of blocks of a quantised target, from the element `first` on, and their scales."""
+        import numpy as np
+
+        assert target.encoded is not None
+        codec, stored = target.encoded
+        width = target.shape[1]
+        where = f"{target.path}, tensor at byte {target.offset}"
+        codes, scales = encode(buffer.reshape(-1, width), codec, where=where)
+        write_all(descriptor, codes.reshape(-1).view(np.uint8).data, target.offset + first)
+        before = first // (width * codec.rows) * scales.shape[1] * scales.itemsize
+        beside = self._files.descriptor(stored.path, write=True)
+        write_all(beside, scales.reshape(-1).view(np.uint8).data, stored.offset + before)
+        self._staged += codes.nbytes + scales.nbytes
 
 
 def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
@@ -255,7 +275,7 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
         buffer = np.zeros(numel, numpy_dtype(job.target.dtype))
         for source, piece in parts:
             view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
-            values = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+            values = values_of(source, piece, files)
             if job.shift:
                 values = values.astype(np.float32) + np.float32(job.shift)
             with np.errstate(over="ignore", invalid="ignore"):
@@ -267,6 +287,15 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
 
 # The largest finite value of each floating-point type that may be asked for.
 _LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**104}
+
+
+def values_of(source: Stored, piece: Piece, files: OpenFiles) -> np.ndarray:
+    """The elements of a stored tensor that a piece takes, in the piece's shape; of a quantised one, decoded."""
+    if source.encoded is None or not piece.numel:
+        return strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
+    box, view = region(source.shape, piece.shape, piece.source)
+    codes, scales = (files.array(part) for part in source.parts)
+    return strided(decode(codes, scales, source, box), piece.shape, view.offset, view.strides)
 
 
 def _check_range(view: np.ndarray, values: np.ndarray, dtype: str, source: Stored) -> None:
@@ -304,7 +333,7 @@ def blocks(job: Job) -> Iterator[tuple[int, int, list[tuple[Stored, Piece]]]]:
     """The target of a job in contiguous blocks of at most `STAGING` bytes: number of the first element, how many,
     and the pieces cut to match, with targets counted from the start of the block."""
     shape = job.target.shape
-    boxes = list(slabs(shape, STAGING // dtype_of(job.target.dtype).itemsize))
+    boxes = list(_pieces_of_target(job))
     if len(boxes) == 1:
         yield 0, prod(shape), list(job.parts)
         return
@@ -316,3 +345,16 @@ def blocks(job: Job) -> Iterator[tuple[int, int, list[tuple[Stored, Piece]]]]:
             for part in restrict(piece, "target", shape, box, box.shape, at)
         ]
         yield sum(i * s for i, s in zip(box.start, strides, strict=True)), box.numel, cut
+
+
+def _pieces_of_target(job: Job) -> Iterator[Box]:
+    """The target in boxes of at most `STAGING` bytes; whole blocks of rows, if their scale comes from all of them."""
+    shape, encoded = job.target.shape, job.target.encoded
+    most = STAGING // dtype_of(job.target.dtype).itemsize
+    if encoded is None:
+        yield from slabs(shape, most)
+        return
+    height = encoded.codec.rows
+    rows = max(height, most // max(prod(shape[1:]), 1) // height * height)
+    for start in range(0, shape[0], rows):
+        yield Box((start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:]))

@@ -1,8 +1,9 @@
 """Whether two checkpoint folders hold the same tensors, to the bit. HF or Megatron, in any pairing.
 
-Both sides are seen as HF tensors. Those of a Megatron folder are assembled from its chunks by the very
-pieces that an export would use, block by block, and never written. Blocks are compared as they come;
-where they differ, both tensors are read to the end for the content hashes that the result names.
+Both sides are seen as HF tensors; quantised ones as they are read, unless both folders hold such. Those of a
+Megatron folder are assembled from its chunks by the very pieces that an export would use, block by block, and never
+written. Blocks are compared as they come; where they differ, both tensors are read to the end for the content hashes
+that the result names.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bridge_core.checkpoint.inspect import Kind, kind_of
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.wiring import export_jobs, megatron_entries
+from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
 from bridge_core.families import family_for
 from bridge_core.geometry import Piece, Shape, View, row_major
@@ -191,12 +193,17 @@ def _open_both(a: Path, b: Path) -> tuple[_Side, _Side]:
     kinds = {path: kind_of(path) for path in (a, b)}
     configs = [read_config(path) for path in (a, b) if kinds[path] == "hf"]
     config = configs[0] if configs else None
-    first, second = (_hf_side(path) if kinds[path] == "hf" else _megatron_side(path, config) for path in (a, b))
+    # Two quantised folders are compared as they are stored, and one with any other as it is read.
+    as_stored = len(configs) == 2 and all(codec_of(config) for config in configs)
+    first, second = (
+        _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config) for path in (a, b)
+    )
     return first, second
 
 
-def _hf_side(path: Path) -> _Side:
+def _hf_side(path: Path, as_stored: bool) -> _Side:
     folder = open_hf(path)
+    tensors = folder.stored if as_stored else folder.tensors
     try:
         ignored = family_for(folder.config).ignored
     except ConfigError:
@@ -204,12 +211,13 @@ def _hf_side(path: Path) -> _Side:
 
     def jobs() -> dict[str, Job]:
         found: dict[str, Job] = {}
-        for name, tensor in folder.tensors.items():
+        for name, tensor in tensors.items():
             view = View(name, 0, row_major(tensor.shape))
-            found[name] = Job(tensor, ((tensor, Piece(tensor.shape, view, view)),))
+            target = tensor._replace(encoded=None)  # a block of it is compared as it is read
+            found[name] = Job(target, ((tensor, Piece(tensor.shape, view, view)),))
         return found
 
-    return _Side("hf", {name: (t.dtype, t.shape) for name, t in folder.tensors.items()}, jobs, ignored)
+    return _Side("hf", {name: (t.dtype, t.shape) for name, t in tensors.items()}, jobs, ignored)
 
 
 def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None) -> _Side:

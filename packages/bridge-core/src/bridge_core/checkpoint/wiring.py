@@ -35,7 +35,7 @@ from bridge_core.checkpoint.keys import (
 )
 from bridge_core.checkpoint.megatron_files import extra_state_object
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, forms_of
-from bridge_core.checkpoint.safetensors import Stored
+from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
@@ -240,8 +240,11 @@ def without_aliases(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor]
     return found
 
 
-def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> list[Job]:
-    """One job per HF tensor, in the order of the files and of bytes within them."""
+def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path, *, dtype: str | None = None) -> list[Job]:
+    """One job per HF tensor, in the order of the files and of bytes within them; scales are their weights' jobs'.
+
+    `dtype` is the one asked for: what a weight is cast to before it is quantised.
+    """
     parts: dict[str, list[tuple[Stored, Piece]]] = defaultdict(list)
     shifts: dict[str, float] = {}
     cuts = _Cuts()
@@ -262,12 +265,18 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> lis
                                 shifts[back.target.tensor] = -entry.shift
     for name, copy in plan.copies.items():
         parts[name] = parts[copy.of]  # the names in pieces are not looked at
-    paths = {file.name: str(folder / file.name) for file in layout.files}
-    return [
-        Job(Stored(paths[file.name], offset, dtype, shape), tuple(parts[name]), shift=shifts.get(name, 0.0))
+    placed = {
+        name: Stored(str(folder / file.name), offset, dtype, shape)
         for file in layout.files
         for name, (offset, dtype, shape) in file.tensors.items()
-    ]
+    }
+    codec = plan.codec
+    if codec is not None:
+        plain = wired.hf_dtypes(dtype)
+        for name in plan.quantised:
+            scales = placed.pop(codec.scale_name(name))
+            placed[name] = placed[name]._replace(dtype=plain[name], encoded=Encoded(codec, scales))
+    return [Job(target, tuple(parts[name]), shift=shifts.get(name, 0.0)) for name, target in placed.items()]
 
 
 def _inside(place: Place, chunk: DcpChunk) -> tuple[Box, int]:

@@ -91,6 +91,9 @@ class Export:
         str,
         "Bytes per weight file where no --source says how to split: a number, kB, MB, GB, TB (or KiB, MiB, GiB, TiB).",
     ] = "2GB"
+    fp8: Annotated[
+        bool, "Quantise the weights that the family's fp8 checkpoints quantise, with a scale per 128 x 128 block."
+    ] = False
     ignore: Ignore = ()
     dtype: DType = None
     overwrite: Overwrite = False
@@ -113,6 +116,7 @@ class Export:
                 source=self.source,
                 hf_config=self.hf_config,
                 max_shard_size=max_shard_size,
+                fp8=self.fp8,
                 options=options,
                 ignore=self.ignore,
                 ignore_options=self.ignore_option,

@@ -37,6 +37,7 @@ def _text(found: Description) -> str:
         ("kind", f"{layout}, {found.form}" if found.form else layout),
         ("family", found.family or "unknown"),
         ("note", found.note),
+        ("quantised", found.quantised),
         ("weights", f"{in_count(found.parameters)} parameters, {in_bytes(found.nbytes)}"),
         ("dtypes", ", ".join(f"{dtype} {in_count(count)}" for dtype, count in found.dtypes.items())),
         ("files", f"{len(found.files)}, {in_bytes(held)}"),

@@ -39,6 +39,7 @@ _BUILT_IN = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
     "NemotronHForCausalLM": "nemotron_h",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
 
 

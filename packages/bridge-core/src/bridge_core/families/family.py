@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, preview
 from bridge_core.patterns import alternatives
 from bridge_core.rules import Rule
@@ -30,7 +31,7 @@ CARRIED = frozenset({
     "initializer_range", "model_type", "output_router_logits", "pad_token_id", "router_aux_loss_coef",
     "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache", "id2label", "label2id",
     "problem_type", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
-    "is_encoder_decoder", "moe_shared_expert_overlap",
+    "is_encoder_decoder", "moe_shared_expert_overlap", "quantization_config",
 })  # fmt: skip
 
 
@@ -107,6 +108,7 @@ class Section:
         reads: translations from HF that are more than a renaming; each returns Megatron fields.
         writes: the way back; each takes Megatron fields and returns HF options.
         handled: HF options that `reads` takes care of, or another section.
+        gives: Megatron fields that `reads` gives and that most models leave at megatron-core's default.
     """
 
     fields: Sequence[Field] = ()
@@ -114,6 +116,7 @@ class Section:
     reads: Sequence[Reading] = ()
     writes: Sequence[Writing] = ()
     handled: frozenset[str] = frozenset()
+    gives: frozenset[str] = frozenset()
 
     def known(self) -> set[str]:
         """Every option that the section accounts for."""
@@ -133,10 +136,11 @@ class Family(Section):
         inside: name of the part of config.json that configures the language model; empty for all of it.
         sections: the other parts by name, the top level (where `inside` is not empty) as the empty name.
         megatron: Megatron fields that are the same for every model of the family.
-        translates: Megatron fields that differ between its models and come from `reads` alone, not from `fields`.
         table: mapping table of a model with the given Megatron fields.
         dims: sizes that the table names beside those that every decoder has.
         copies: HF tensors that repeat others, by name.
+        quantised: patterns (as in a shell) of the HF names that the family's fp8 checkpoints quantise; none if
+            it is not published so.
         ignored: HF tensors that are no weights: name pattern to the reason.
         recognises: whether a model with the given Megatron fields is of this family; used to export
             a checkpoint that says nothing of its HF origin.
@@ -150,9 +154,9 @@ class Family(Section):
     inside: str = ""
     sections: Mapping[str, Section] = field(default_factory=dict)
     megatron: Mapping[str, Any] = field(default_factory=dict)
-    translates: frozenset[str] = frozenset()
     dims: Callable[[Fields], Mapping[str, int]] = lambda fields: {}
     copies: Callable[[Fields], Mapping[str, Copy]] = lambda fields: {}
+    quantised: Sequence[str] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -170,6 +174,7 @@ class Family(Section):
         Raises:
             ConfigError: an option is missing, has a value that Megatron cannot express, or is unknown.
         """
+        codec_of(config)  # a quantised form that nobody reads is refused here, not ignored
         fields: Fields = dict(self.megatron)
         for name, section in self.parts.items():
             part = config if name == "" else self._part(config, name)

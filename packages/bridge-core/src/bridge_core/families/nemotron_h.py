@@ -341,7 +341,7 @@ FAMILY = Family(
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
     },
-    translates=frozenset({"mtp_num_layers"} | {option.megatron for option in EXPERT_FIELDS}),
+    gives=frozenset({"mtp_num_layers"} | {option.megatron for option in EXPERT_FIELDS}),
     reads=(read_pattern, read_experts, read_mixer),
     writes=(write_pattern, write_experts, write_mixer),
     handled=frozenset({name for option in EXPERT_FIELDS for name in option.names})

@@ -64,9 +64,9 @@ def write_moe(fields: Fields) -> dict[str, Any]:
 
 
 def recognises(fields: Fields) -> bool:
-    """Experts, norms on q and k, no shared expert, no vision tower."""
-    shared = fields.get("moe_shared_expert_intermediate_size") or fields.get("vision_num_layers")
-    return bool(fields.get("num_moe_experts") and fields.get("qk_layernorm")) and not shared
+    """Experts, norms on q and k, no shared expert, no latent attention, no vision tower."""
+    others = ("moe_shared_expert_intermediate_size", "multi_latent_attention", "vision_num_layers")
+    return bool(fields.get("num_moe_experts") and fields.get("qk_layernorm")) and not any(map(fields.get, others))
 
 
 FAMILY = Family(

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 
 class Audit(NamedTuple):
-    """What an audit found to be covered, each element once."""
+    """What an audit found to be covered, each element once.
+
+    Attributes:
+        hf_tensors: HF tensors; with the scales of quantised weights, where an inventory has them.
+        megatron_tensors: Megatron tensors.
+        elements: elements of the HF tensors, copies and scales among them.
+        padding: elements of Megatron tensors that no HF element fills.
+        ignored: HF tensors left out, by name.
+    """
 
     hf_tensors: int
     megatron_tensors: int
@@ -38,12 +46,15 @@ def audit(plan: Plan, inventory: Mapping[str, Shape] | None = None) -> Audit:
         _check_placement(plan, entry.name)
     _check_names(plan)
     ignored = compare(plan, inventory) if inventory is not None else ()
+    # An inventory of plain weights may be that of a quantised checkpoint, read.
+    scales = plan.scales if inventory is None or not inventory.keys().isdisjoint(plan.scales) else {}
     padding = sum(prod(e.padding.shape) * len(e.layers) * e.experts for e in plan.entries if e.padding)
     megatron = sum(e.numel * len(e.layers) * e.experts for e in plan.entries)
     hf = sum(prod(tensor.shape) for entry in plan.entries for _, tensor in entry.hf_names())
     if hf + padding != megatron:
         raise CoverageError("the two sides differ in elements", expected=f"{hf} + {padding} padding", got=megatron)
-    return Audit(len(plan.hf_tensors), len(plan.megatron_tensors), hf, padding, ignored)
+    counted = hf + sum(prod(plan.hf_tensors[name]) for name in plan.written_copies) + sum(map(prod, scales.values()))
+    return Audit(len(plan.hf_tensors) + len(scales), len(plan.megatron_tensors), counted, padding, ignored)
 
 
 def _check_cuts(plan: Plan, name: str) -> None:
@@ -91,6 +102,8 @@ def _check_names(plan: Plan) -> None:
 def compare(plan: Plan, inventory: Mapping[str, Shape]) -> tuple[str, ...]:
     """Raise unless an HF inventory is what the plan expects; the tensors ignored by name come back."""
     expected = plan.hf_tensors
+    if not inventory.keys().isdisjoint(plan.scales):
+        expected = expected | plan.scales
     missing = [name for name in expected if name not in inventory and name not in plan.copies]
     extra = [name for name in inventory if name not in expected and name not in plan.copies]
     no_weights = plan.family.ignored

@@ -7,13 +7,15 @@ pieces of one tensor-parallel coordinate, computed once. Names and numbers are f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError
 from bridge_core.families import Copy, Family, Fields
 from bridge_core.geometry import Box, Piece, Shape, restrict, whole
 from bridge_core.patterns import at_layer, fill
@@ -29,13 +31,15 @@ from bridge_core.plan.placement import (
     part_of,
     place,
 )
+from bridge_core.plan.stored import as_stored, quantised_names
 from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range
 
 
 class TensorMeta(NamedTuple):
     """What a receiver of HF weights must know of one of them before it arrives.
 
-    Tensors of one `group` are made from the same Megatron tensors and have to travel together.
+    Tensors of one `group` are made from the same Megatron tensors, or are a quantised weight and its scales, and
+    have to travel together.
     """
 
     name: str
@@ -106,8 +110,12 @@ class Plan:
             is published.
         forms: or the forms themselves, as another plan's `forms` has them.
         ignore: patterns (as in a shell) of HF names to leave out: `mtp.*`, `model.visual.*`.
+        codec: the form in which the HF side stores its quantised weights; None for plain weights.
+        quantised: HF names of the weights that are quantised, where they are known already; else those that
+            the family's fp8 checkpoints quantise.
 
     Raises:
+        ConfigError: a codec is given, and the family has no such checkpoints.
         LayoutError: heads, experts, layers or widths do not divide over the layout.
         CoverageError: a row of the family's table does not tile its tensors.
     """
@@ -125,6 +133,8 @@ class Plan:
         inventory: Mapping[str, Shape] | None = None,
         forms: Mapping[str, int] | None = None,
         ignore: Sequence[str] = (),
+        codec: Fp8Blocks | None = None,
+        quantised: Collection[str] | None = None,
     ) -> None:
         self.family = family
         self.fields = fields
@@ -134,6 +144,16 @@ class Plan:
         unit = make_vocab_size_divisible_by * layout.tp
         self.padded_vocab = padded_vocab or -(-fields["vocab_size"] // unit) * unit
         self.ignore = tuple(ignore)
+        self.codec = codec
+        self._quantised = quantised
+        if codec is not None and quantised is None and not family.quantised:
+            raise ConfigError(
+                f"it is not known which weights of a {family.name} checkpoint are quantised",
+                where="fp8",
+                expected="a family that is published in fp8",
+                got=family.name,
+                fix=f"export plain weights, or teach families/{family.name}.py: `quantised`",
+            )
         self.entries = compile_entries(
             family, fields, padded_vocab=self.padded_vocab, inventory=inventory, forms=forms, ignore=self.ignore
         )
@@ -163,6 +183,23 @@ class Plan:
         """Those of `copies` that exports write."""
         return {name: copy for name, copy in self.copies.items() if copy.written}
 
+    @cached_property
+    def quantised(self) -> frozenset[str]:
+        """Names of the HF weights that are stored quantised; empty without a codec."""
+        if self.codec is None:
+            return frozenset()
+        if self._quantised is not None:
+            return frozenset(name for name in self._quantised if name in self.hf_tensors)
+        return quantised_names(self.entries, self.family.quantised)
+
+    @cached_property
+    def scales(self) -> dict[str, Shape]:
+        """Shape of every HF tensor that holds the scales of a quantised weight, by name."""
+        codec, shapes = self.codec, self.hf_tensors
+        if codec is None:
+            return {}
+        return {codec.scale_name(n): codec.scale_shape(shapes[n]) for n in shapes if n in self.quantised}
+
     @property
     def forms(self) -> dict[str, int]:
         """Which form of its row every entry has, where that is not the first."""
@@ -178,20 +215,29 @@ class Plan:
         return {fill(e.name, *instance): e.shape for e in self.entries for instance in e.instances()}
 
     def metadata(self) -> list[TensorMeta]:
-        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export."""
+        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export; with a codec, as stored."""
+        return self.as_stored(self.plain_metadata())
+
+    def plain_metadata(self) -> list[TensorMeta]:
+        """`metadata` as it is without a codec."""
         found: dict[str, TensorMeta] = {}
         for entry in self.entries:
             for layer, expert in entry.instances():
-                name = fill(entry.name, layer, expert)
+                number = str(expert)
+                name = number.join(at_layer(entry.name, layer))
                 for tensor in entry.hf:
-                    hf = fill(tensor.name, layer, expert)
-                    group = hf if entry.stack_stride(tensor) else name
-                    dtype = self.dtypes.get(hf, self.dtype)
+                    hf = number.join(at_layer(tensor.name, layer))
+                    group = hf if entry.shifts[tensor.name] else name
+                    dtype = self.dtypes.get(hf, entry.dtype or self.dtype)
                     nbytes = prod(tensor.shape) * dtype_of(dtype).itemsize
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
         for name, copy in self.written_copies.items():
             found[name] = found[copy.of]._replace(name=name)
         return list(found.values())
+
+    def as_stored(self, metadata: Iterable[TensorMeta]) -> list[TensorMeta]:
+        """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""
+        return as_stored(metadata, self.codec, self.quantised)
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces of the conversion, HF tensor to global Megatron tensor, whatever the layout."""

@@ -88,7 +88,7 @@ class WholeFiles:
     """
 
     def __init__(self, live: LiveModel, layout: HfLayout, group: Any, bucket_bytes: int) -> None:
-        self._live, self._group = live, group
+        self.live, self._group = live, group
         self._rank, self._size = group.rank(), group.size()
         owners = owners_of([file.nbytes for file in layout.files], self._size)
         self._files = {rank: [f for f, r in zip(layout.files, owners, strict=True) if r == rank] for rank in owners}
@@ -106,7 +106,7 @@ class WholeFiles:
 
         If a rank fails, all stop in the next round; that rank raises, the others return.
         """
-        mine = holdings(self._live.plan, self._rank)
+        mine = holdings(self.live.plan, self._rank)
         theirs = self._of_my_files(mine)
         rounds = {rank: rounds_of(files, self._limit) for rank, files in sorted(self._files.items())}
         done = 0
@@ -129,7 +129,7 @@ class WholeFiles:
         names = {name for file in self._files.get(self._rank, ()) for name in file.tensors}
         if not names:
             return []
-        return [mine if rank == self._rank else holdings(self._live.plan, rank, names) for rank in range(self._size)]
+        return [mine if rank == self._rank else holdings(self.live.plan, rank, names) for rank in range(self._size)]
 
     def _create(self, folder: Path) -> None:
         for file in self._files.get(self._rank, ()):
@@ -162,8 +162,8 @@ class WholeFiles:
         """Put this rank's pieces into the messages to all ranks."""
         for rank, (start, cuts) in enumerate(zip(_starts(sending), sending, strict=True)):
             for cut, part in _parts(self._out, start, cuts):
-                source = window(flat(self._live.tensor(cut.shard)), cut.piece.shape, cut.piece.target)
-                if shift := self._live.plan.entry(cut.shard.entry).shift:
+                source = window(flat(self.live.tensor(cut.shard)), cut.piece.shape, cut.piece.target)
+                if shift := self.live.plan.entry(cut.shard.entry).shift:
                     source = source.float() - shift
                 part.view(cut.piece.shape).copy_(source)
                 self._sent += part.nbytes if rank != self._rank else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
@@ -95,6 +96,8 @@ def open_live(
     excepted: Collection[str] = (),
     inventory: Mapping[str, Shape] | None = None,
     ignore: Sequence[str] = (),
+    codec: Fp8Blocks | None = None,
+    quantised: Collection[str] | None = None,
 ) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.
 
@@ -103,7 +106,7 @@ def open_live(
         family, fields: of the HF model.
         groups: the model's process groups; by default those it was built with (`model.pg_collection`).
         excepted: patterns (as in a shell) of parameter names that need not match: a changed head.
-        inventory, ignore: as for a `Plan`.
+        inventory, ignore, codec, quantised: as for a `Plan`.
 
     Raises:
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
@@ -116,7 +119,16 @@ def open_live(
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: tensor for key, tensor in named.items() if key not in left}
     padded = _padded_vocab(named, layout.tp, fields["vocab_size"])
-    plan = Plan(family, fields, layout, padded_vocab=padded, inventory=inventory, ignore=ignore)
+    plan = Plan(
+        family,
+        fields,
+        layout,
+        padded_vocab=padded,
+        inventory=inventory,
+        ignore=ignore,
+        codec=codec,
+        quantised=quantised,
+    )
     shards = tuple(shard for shard in plan.local_shards(rank) if not matches(shard.param, excepted))
     wanted = {(shard.chunk, shard.param): shard for shard in shards}
     tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}

@@ -11,10 +11,10 @@ from typing import Any
 
 from bridge_core.checkpoint.copies import check_copies
 from bridge_core.checkpoint.files import OpenFiles
+from bridge_core.checkpoint.fp8 import read_bytes
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, gather, in_threads
-from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
@@ -32,7 +32,7 @@ class LoadReport:
 
     Attributes:
         parameters: parameters filled.
-        bytes_read: bytes of HF tensors that this rank read.
+        bytes_read: bytes of HF tensors that this rank read, as they are stored: of quantised ones with their scales.
         ignored: HF tensors left out, by name.
         left: parameters left as they were, because `allowed_mismatched` names them; on any rank.
         broadcasts: broadcasts within the node, where only one of its ranks reads.
@@ -136,9 +136,7 @@ def _check_node(node_group: Any) -> None:
 
 def _own_bytes(live: LiveModel, folder: HfFolder) -> int:
     return sum(
-        piece.numel * dtype_of(folder.tensors[piece.source.tensor].dtype).itemsize
-        for shard in live.shards
-        for piece in shard.pieces
+        read_bytes(folder.tensors[piece.source.tensor], piece) for shard in live.shards for piece in shard.pieces
     )
 
 

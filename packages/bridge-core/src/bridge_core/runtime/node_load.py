@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder
+from bridge_core.checkpoint.transfer import Job, gather
 from bridge_core.errors import BridgeError
-from bridge_core.geometry import Piece
+from bridge_core.geometry import Piece, View, row_major
 from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import default_device, flat, from_numpy, torch_dtype, window
@@ -65,7 +66,7 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
             data = torch.zeros(end + folder.tensors[last].nbytes + 1, dtype=torch.uint8, device=device)
             if reader and failure is None:
                 failure = _guarded(_read, bucket, folder, files, data)
-                read += sum(folder.tensors[name].nbytes for name, _ in bucket)
+                read += sum(folder.tensors[name].disk_bytes for name, _ in bucket)
             if failure is not None and reader:
                 data[-1] = 1
             dist.broadcast(data, group=node_group, group_src=0)
@@ -112,7 +113,11 @@ def _clear_padding(live: LiveModel) -> None:
 def _read(bucket: list[tuple[str, int]], folder: HfFolder, files: OpenFiles, data: Tensor) -> None:
     for name, at in bucket:
         stored = folder.tensors[name]
-        _part(data, at, stored).copy_(from_numpy(files.array(stored).copy(), stored.dtype))
+        view = View(name, 0, row_major(stored.shape))
+        job = Job(stored._replace(encoded=None), ((stored, Piece(stored.shape, view, view)),))
+        part = _part(data, at, stored)
+        for first, block in gather(job, files):
+            part[first : first + block.size].copy_(from_numpy(block, stored.dtype))
 
 
 def _copy(

@@ -6,7 +6,8 @@ A `Provider` is a bag of settings that a trainer may change until `finalize`: ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,9 +59,10 @@ class Provider:
 
     def __init__(self, fields: Fields, *, spec: Spec | None = None) -> None:
         require("megatron.core", extra="mcore")
-        from megatron.core.transformer.transformer_config import TransformerConfig
+        from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-        known = {f.name for f in dataclass_fields(TransformerConfig) if f.init} | set(_BESIDE)
+        kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+        known = {f.name for f in dataclass_fields(kind) if f.init} | set(_BESIDE)
         object.__setattr__(self, "_known", known)
         object.__setattr__(self, "_settings", {"make_vocab_size_divisible_by": 1})
         object.__setattr__(self, "_final", False)
@@ -133,9 +135,11 @@ class Provider:
     def finalize(self) -> TransformerConfig:
         """mcore's configuration of these settings; raises what mcore has to say against them."""
         import torch
-        from megatron.core.transformer.transformer_config import TransformerConfig
+        from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-        kwargs = {name: value for name, value in self._settings.items() if name not in _BESIDE}
+        kind = MLATransformerConfig if self._settings.get("multi_latent_attention") else TransformerConfig
+        own = {f.name for f in dataclass_fields(kind) if f.init}  # of MLA, the rotary base as well
+        kwargs = {name: value for name, value in self._settings.items() if name in own}
         if self._settings.get("hybrid_layer_pattern"):
             for option in PIPELINE_OPTIONS:
                 kwargs.pop(option, None)  # said by the pattern that the model is given
@@ -152,7 +156,7 @@ class Provider:
             if self.spec == "local":
                 # mcore's torch norm refuses it; without it, experts with tp > 1 can be evaluated, not trained.
                 kwargs["sequence_parallel"] = False
-        config = TransformerConfig(**kwargs)
+        config = kind(**kwargs)
         object.__setattr__(self, "_final", True)
         return config
 
@@ -224,18 +228,21 @@ class Provider:
         pp, rank, vpp = groups.pp.size(), groups.pp.rank(), self.layout.vpp
         vp_stage = stage if vpp > 1 else None
         arguments = {name: self._settings[name] for name in _MODEL_ARGUMENTS if self._settings.get(name) is not None}
-        return GPTModel(
-            config,
-            _block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage),
-            vocab_size=self.padded_vocab,
-            max_sequence_length=self.seq_length,
-            pre_process=rank == 0 and stage == 0,
-            post_process=rank == pp - 1 and stage == vpp - 1,
-            parallel_output=True,
-            pg_collection=groups,
-            vp_stage=vp_stage,
-            **arguments,
-        )
+        block = _block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage)
+        with _placed_by(groups, vpp):
+            return GPTModel(
+                config,
+                block,
+                vocab_size=self.padded_vocab,
+                max_sequence_length=self.seq_length,
+                pre_process=rank == 0 and stage == 0,
+                post_process=rank == pp - 1 and stage == vpp - 1,
+                parallel_output=True,
+                pg_collection=groups,
+                vp_stage=vp_stage,
+                mtp_block_spec=_mtp_spec(self.spec, config, block, pp_rank=rank, vp_stage=vp_stage),
+                **arguments,
+            )
 
 
 def default_spec() -> Spec:
@@ -267,10 +274,59 @@ def _block_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_stage
         return host_block_spec(config, pp_rank=pp_rank, vp_stage=vp_stage)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    return get_gpt_decoder_block_spec(
+    from bridge_core.runtime.latent import without_query_norm
+
+    block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=spec == "te",
         normalization=config.normalization,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+    if spec == "te":  # the local spec has standalone norms
+        for layer in block.layer_specs:
+            without_query_norm(layer, config)
+    return block
+
+
+def _mtp_spec(spec: Spec, config: TransformerConfig, block: Any, *, pp_rank: int, vp_stage: int | None) -> Any:
+    """The prediction layers of one chunk; None where there are none. Call inside `_placed_by`."""
+    if not config.mtp_num_layers:
+        return None
+    if spec == "host":
+        from bridge_core.runtime.host import host_mtp_block_spec
+
+        return host_mtp_block_spec(config, block, pp_rank=pp_rank, vp_stage=vp_stage)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    return get_gpt_mtp_block_spec(
+        config, block, use_transformer_engine=spec == "te", vp_stage=vp_stage, pp_rank=pp_rank
+    )
+
+
+@contextmanager
+def _placed_by(groups: ProcessGroupCollection, vpp: int) -> Iterator[None]:
+    """Answer by `groups` what mcore asks its global state to place prediction layers, while a chunk is built.
+
+    0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`.
+    """
+    from megatron.core import parallel_state
+
+    last = groups.pp.rank() == groups.pp.size() - 1
+
+    def is_last(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
+        return last and (ignore_virtual or vpp == 1 or vp_stage == vpp - 1)
+
+    answers = {
+        "get_pipeline_model_parallel_rank": groups.pp.rank,
+        "get_virtual_pipeline_model_parallel_world_size": lambda: vpp if vpp > 1 else None,
+        "is_pipeline_last_stage": is_last,
+    }
+    before = {name: getattr(parallel_state, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(parallel_state, name, answer)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(parallel_state, name, function)

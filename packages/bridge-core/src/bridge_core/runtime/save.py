@@ -8,23 +8,26 @@ several nodes cannot write one file on get whole files from one rank each (`runt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.checkpoint.convert import codec_options
 from bridge_core.checkpoint.files import OpenFiles, write_all
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
-from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
+from bridge_core.checkpoint.hf_layout import HfLayout, as_written, lay_out_files, lay_out_like
 from bridge_core.checkpoint.hf_output import carried_files, copy_files, create_weight_files, finish_hf_folder
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
 from bridge_core.plan import Shard
 from bridge_core.runtime.file_owners import Sent, WholeFiles, takes_turn
+from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import flat, torch_dtype
@@ -65,6 +68,7 @@ def save_hf_pretrained(
     ignore: Sequence[str] = (),
     source: str | Path | None = None,
     dtype: str | None = None,
+    fp8: bool = False,
     max_shard_size: int = 2_000_000_000,
     overwrite: bool = False,
     durable: bool = False,
@@ -84,6 +88,8 @@ def save_hf_pretrained(
         ignore: patterns (as in a shell) of HF names to leave out.
         source: an HF folder whose split into files is used, and whose other files are carried along.
         dtype: dtype of floating-point tensors in the files; by default that of the parameters.
+        fp8: quantise what the family's fp8 checkpoints quantise (or what `source` has quantised) to fp8 with a
+            scale per block.
         max_shard_size: bytes per file, where no `source` says how to split.
         overwrite: replace a folder that holds something.
         durable: wait for the disk before the folder gets its name.
@@ -104,11 +110,19 @@ def save_hf_pretrained(
 
     def check() -> tuple[LiveModel, HfFolder | None]:
         check_free(output, overwrite=overwrite)
+        if fp8 and one_writer_per_file:
+            raise ConfigError(
+                "files that one rank writes cannot be quantised on the way",
+                where="fp8, one_writer_per_file",
+                expected="one of them",
+                got="both",
+                fix="save with one_writer_per_file, and export to fp8 offline",
+            )
         if source is not None:
             check_apart(output, Path(source))
         like = open_hf(source) if source is not None else None
-        held = like.shapes if like else None
-        return open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore), like
+        held, how = like.shapes if like else None, codec_options(fp8, like)
+        return open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore, **how), like
 
     live, like = jointly(workers, check)
     dtypes = agreed_dtypes(live, dtype, group)
@@ -117,14 +131,14 @@ def save_hf_pretrained(
         layout = _lay_out(live, like, dtypes, max_shard_size)
         if one_writer_per_file:
             return layout, WholeFiles(live, layout, group, bucket_bytes)
-        return layout, SharedFiles(live, layout, groups or unwrap(model)[0].pg_collection)
+        return layout, SharedFiles(live, layout, groups or unwrap(model)[0].pg_collection, dtypes, group)
 
     layout, writer = jointly(workers, lay_out)
     written = family.consistent(config, fields) if config else family.to_hf(fields)
     sent = _write(output, layout, writer, like, written, workers, overwrite=overwrite, durable=durable)
     return SaveReport(
         output=output,
-        tensors=len(live.plan.hf_tensors),
+        tensors=len(as_written(live.plan, dtypes)[0]),
         bytes_written=sent.written,
         bytes_sent=sent.sent,
         exchanges=sent.rounds,
@@ -135,7 +149,7 @@ def save_hf_pretrained(
 def _lay_out(live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max_shard_size: int) -> HfLayout:
     if like is not None:
         return lay_out_like(like, live.plan, dtypes)
-    return lay_out_files(live.plan.hf_tensors, dtypes, max_shard_size)
+    return lay_out_files(*as_written(live.plan, dtypes), max_shard_size)
 
 
 def _write(
@@ -150,6 +164,7 @@ def _write(
     durable: bool,
 ) -> Sent:
     """Write the folder: weights by `writer`, everything else by rank 0. Collective."""
+    codec = writer.live.plan.codec
 
     def prepare(folder: Path) -> None:
         if isinstance(writer, SharedFiles):
@@ -163,7 +178,7 @@ def _write(
         workers,
         prepare,
         lambda folder, rank, size: writer.write(folder),
-        lambda folder: finish_hf_folder(folder, layout, config),
+        lambda folder: finish_hf_folder(folder, layout, config, codec=codec, like=like),
         overwrite=overwrite,
         durable=durable,
     )
@@ -176,10 +191,14 @@ class SharedFiles:
         live: the model.
         layout: the files.
         groups: process groups of the model.
+        dtypes: dtype of every HF tensor before it is quantised.
+        group: all ranks of the model.
     """
 
-    def __init__(self, live: LiveModel, layout: HfLayout, groups: Any) -> None:
-        self._live, self._layout, self._groups = live, layout, groups
+    def __init__(self, live: LiveModel, layout: HfLayout, groups: Any, dtypes: Mapping[str, str], group: Any) -> None:
+        self.live, self._layout, self._groups = live, layout, groups
+        self._dtypes, self._group = dtypes, group
+        self._scales: Mapping[str, Tensor] = {}
         self._written = self._sent = self._exchanges = 0
         self._opened: set[str] = set()
         self._failure: Exception | None = None
@@ -200,22 +219,24 @@ class SharedFiles:
             for name, (offset, dtype, _) in file.tensors.items()
         }
         self._places = {name: [place] for name, place in places.items()}
-        for name, copy in self._live.plan.copies.items():
+        for name, copy in self.live.plan.copies.items():
             if name in places:
                 self._places[copy.of].append(places[name])
+        if self.live.plan.codec is not None:
+            self._scales = agreed_scales(self.live, dict(self._dtypes), self._group)
         with ExitStack() as stack:
             self._files = OpenFiles(stack)
-            for number, shard in enumerate(self._live.shards):
-                if takes_turn(self._live.plan, self._live.rank, number, shard):
+            for number, shard in enumerate(self.live.shards):
+                if takes_turn(self.live.plan, self.live.rank, number, shard):
                     self._save(shard)
         if self._failure is not None:
             raise self._failure
         return Sent(self._written, self._sent, self._exchanges, tuple(sorted(self._opened)))
 
     def _save(self, shard: Shard) -> None:
-        entry = self._live.plan.entry(shard.entry)
+        entry = self.live.plan.entry(shard.entry)
         group = self._groups.expt_tp if entry.is_expert else self._groups.tp
-        tensor = flat(self._live.tensor(shard))
+        tensor = flat(self.live.tensor(shard))
         if entry.split is None or entry.split.dim == 0 or group.size() == 1:
             self._guarded(tensor, shard.pieces, entry.shift)
             return
@@ -237,6 +258,9 @@ class SharedFiles:
             self._failure = error
 
     def _write(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
+        if pieces and (name := pieces[0].source.tensor) in self._scales:
+            self._write_quantised(tensor.to(torch_dtype(self._dtypes[name])), pieces)
+            return
         held: dict[str, memoryview] = {}
         for piece in pieces:
             back = piece.inverse()
@@ -249,6 +273,25 @@ class SharedFiles:
                 for at_source, at_target, length in runs(back):
                     part = data[at_source * itemsize : (at_source + length) * itemsize]
                     self._written += write_all(descriptor, part, offset + at_target * itemsize)
+
+    def _write_quantised(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
+        """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
+        codec = self.live.plan.codec
+        assert codec is not None
+        for piece in pieces:
+            name = piece.source.tensor
+            shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
+            codes, back = quantised(tensor, piece.inverse(), shape, scales, codec)
+            path, offset, _ = self._places[name][0]
+            data = codes.cpu().view(torch_dtype("U8")).numpy().data
+            descriptor = self._files.descriptor(str(path), write=True)
+            for at_source, at_target, length in runs(back):
+                part = data[at_source : at_source + length]
+                self._written += write_all(descriptor, part, offset + at_target)
+            if back.target.offset == 0:
+                path, offset, _ = self._places[codec.scale_name(name)][0]
+                data = scales.contiguous().cpu().view(-1).view(torch_dtype("U8")).numpy().data
+                self._written += write_all(self._files.descriptor(str(path), write=True), data, offset)
 
 
 def _bytes(tensor: Tensor, dtype: str) -> memoryview:

@@ -17,6 +17,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import BridgeError, CoverageError
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta
+from bridge_core.runtime.fp8 import quantise
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, replica_of
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
@@ -61,7 +62,7 @@ class Stream:
 
     def metadata(self) -> list[TensorMeta]:
         """Name, dtype, shape, bytes and group of everything the stream will yield, in its order. No weights move."""
-        return list(self._metadata)
+        return self.live.plan.as_stored(self._metadata)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Fresh pass over (name, tensor). Collective: all ranks of the group iterate, to the end.
@@ -78,15 +79,27 @@ class Stream:
         left = True
         try:
             for bucket in self._buckets:
-                yield from self._gathered(bucket)
+                for name, tensor in self._gathered(bucket):
+                    yield from self._as_stored(name, tensor)
             left = False
         finally:
             if not self._told:  # once a failure is known to all, nobody waits for another word
                 self._agree(failed=left)
 
+    def _as_stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor, or the codes and scales of one that is to be quantised. Every rank has all of it."""
+        codec = self.live.plan.codec
+        if codec is None or name not in self.live.plan.quantised:
+            yield name, tensor
+            return
+        codes, scales = quantise(tensor, codec, where=name)
+        yield name, codes
+        yield codec.scale_name(name), scales
+
     def _wanted(self) -> list[TensorMeta]:
         dtypes = agreed_dtypes(self.live, self.dtype, self.group)
-        everything = [_in_dtype(meta, dtypes[meta.name]) for meta in self.live.plan.metadata()]
+        plan = self.live.plan
+        everything = [_in_dtype(meta, dtypes[meta.name]) for meta in plan.plain_metadata()]
         chosen = {m.group for m in everything if any(fnmatchcase(m.name, pattern) for pattern in self.names)}
         if not chosen:
             raise CoverageError("no tensor of the model has such a name", where=", ".join(self.names))

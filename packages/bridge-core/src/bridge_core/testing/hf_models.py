@@ -90,7 +90,7 @@ _LATENT_ATTENTION = COMMON | {
     "v_head_dim": 12,
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,  # twice the groups: only then megatron-core and transformers rate groups alike
     "moe_intermediate_size": 32,
     "n_group": 4,
     "topk_group": 2,

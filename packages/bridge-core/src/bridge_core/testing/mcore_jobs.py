@@ -44,15 +44,16 @@ def settings(layout: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def global_state_where_mcore_needs_it(chunks: list[Any], pg: Any) -> Iterator[None]:
-    """mcore asks its global state for a data-parallel rank when a tied embedding is on two stages.
+    """mcore asks its global state for a data-parallel rank when an embedding is on two stages, tied or for MTP.
 
     0.16.1 and 0.19.2, models/common/language_module/language_module.py,
-    `tie_embeddings_and_output_weights_state_dict`: whoever saves such a model has initialised it.
+    `tie_embeddings_and_output_weights_state_dict`, and transformer/multi_token_prediction.py,
+    `tie_word_embeddings_state_dict`: whoever saves such a model has initialised it.
     """
     from megatron.core import parallel_state
 
-    tied = any(chunk.share_embeddings_and_output_weights for chunk in chunks)
-    if not tied or pg.pp.size() == 1:
+    twice = any(chunk.share_embeddings_and_output_weights or chunk.config.mtp_num_layers for chunk in chunks)
+    if not twice or pg.pp.size() == 1:
         yield
         return
     parallel_state.initialize_model_parallel(pg.tp.size(), pg.pp.size())

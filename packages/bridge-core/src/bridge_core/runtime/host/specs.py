@@ -16,6 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.extras import require
+from bridge_core.runtime.latent import without_query_norm
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -118,7 +119,9 @@ def host_layer_spec(config: Any, *, moe: bool | None = None, qk_l2_norm: bool = 
             multi_latent_attention=config.multi_latent_attention,
             qk_l2_norm=qk_l2_norm,
         )
-    return _finished(spec)
+    _finished(spec)
+    without_query_norm(spec, config)
+    return spec
 
 
 def host_block_spec(
@@ -138,6 +141,7 @@ def host_block_spec(
         )
     for spec in block.layer_specs:
         _finished(spec)
+        without_query_norm(spec, config)
     return block
 
 

@@ -1,0 +1,38 @@
+"""What of a plan's HF side a codec stores otherwise: which weights, and with which scales."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+from math import prod
+from typing import TYPE_CHECKING
+
+from bridge_core.codecs import Fp8Blocks
+from bridge_core.plan.entries import Entry
+
+if TYPE_CHECKING:
+    from bridge_core.plan.plan import TensorMeta
+
+
+def quantised_names(entries: Iterable[Entry], patterns: Sequence[str]) -> frozenset[str]:
+    """HF names of the weights that fit one of a family's patterns. Work is per row of the table, not per tensor."""
+    entries = tuple(entries)
+    rows = {tensor.name for entry in entries for tensor in entry.hf}
+    wanted = {row for row in rows if any(fnmatchcase(row, pattern) for pattern in patterns)}
+    found = (pair for entry in entries if wanted & entry.shifts.keys() for pair in entry.hf_names())
+    return frozenset(name for name, tensor in found if tensor.name in wanted)
+
+
+def as_stored(metadata: Iterable[TensorMeta], codec: Fp8Blocks | None, quantised: Collection[str]) -> list[TensorMeta]:
+    """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""
+    if codec is None:
+        return list(metadata)
+    found: list[TensorMeta] = []
+    for meta in metadata:
+        found.append(meta)
+        if meta.name in quantised:
+            rows, cols = blocks = codec.scale_shape(meta.shape)
+            found[-1] = meta._replace(dtype=codec.dtype, nbytes=prod(meta.shape))
+            name, scales = codec.scale_name(meta.name), 4 * rows * cols
+            found.append(meta._replace(name=name, dtype=codec.scale_dtype, shape=blocks, nbytes=scales))
+    return found
