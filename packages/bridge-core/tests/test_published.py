@@ -20,11 +20,8 @@ transformers = pytest.importorskip("transformers", reason="the oracle is transfo
 AWAITED = {
     "DeepseekV3ForCausalLM",
     "NemotronHForCausalLM",
-    "Qwen3NextForCausalLM",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
 }
 
 # Published numbers of tensors, of elements and of bytes, where known; published/README.md says from where.

@@ -52,15 +52,16 @@ class AutoBridge:
         self.path = path
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
+        folder = self._weights() if self.family.unsaid_mtp else None
         self.fields: Fields = self.family.without(
-            self.family.to_megatron(self.config, ignore=ignore_options), self.ignore
+            self.family.to_megatron(self.config, ignore=ignore_options), self.ignore, folder.tensors if folder else None
         )
 
     @classmethod
     def from_hf_pretrained(
         cls, path: str | Path, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()
     ) -> AutoBridge:
-        """A bridge for the model in an HF folder. Only config.json is read here.
+        """A bridge for the model in an HF folder. Only config.json is read here, and the names of its tensors if need be.
 
         Args:
             path: HF folder.

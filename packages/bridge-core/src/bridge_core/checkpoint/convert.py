@@ -114,7 +114,7 @@ def import_ckpt(
     output = real_path(Path(megatron_path))
     check_apart(output, source.path)
     family = family_for(source.config)
-    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore)
+    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
     dtypes = {n: t.dtype for n, t in source.tensors.items()}
     plan = Plan(family, fields, ParallelLayout(), dtypes=dtypes, names=source.tensors, ignore=ignore)
     audit = plan.audit(source.shapes)

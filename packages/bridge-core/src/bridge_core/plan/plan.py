@@ -177,7 +177,7 @@ class Plan:
                 for tensor in entry.hf:
                     hf = fill(tensor.name, layer, expert)
                     group = hf if entry.stack_stride(tensor) else name
-                    dtype = self.dtypes.get(hf, self.dtype)
+                    dtype = self.dtypes.get(hf, entry.dtype or self.dtype)
                     nbytes = prod(tensor.shape) * dtype_of(dtype).itemsize
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
         for name, copy in self.written_copies.items():
