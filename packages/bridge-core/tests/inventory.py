@@ -108,7 +108,11 @@ def on_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Sh
     """Names and shapes under which transformers saves the tensors of a model."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return _shapes(revert_weight_conversion(model, dict(state)))
+    shapes = _shapes(revert_weight_conversion(model, dict(state)))
+    if model.config.model_type == "qwen3_vl_moe":
+        # Published stacked experts are [expert, in, out]; transformers turns them when it loads, not when it saves.
+        shapes |= {name: (s[0], s[2], s[1]) for name, s in shapes.items() if ".mlp.experts." in name}
+    return shapes
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -119,7 +119,7 @@ class AutoBridge:
             dtype=self.dtype,
             dtypes=dtypes,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-            names=folder.tensors if folder else None,
+            inventory=folder.shapes if folder else None,
             ignore=self.ignore,
         )
 

@@ -12,7 +12,9 @@ from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_s
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
-from bridge_core.plan import Entry
+from bridge_core.geometry import Shape
+from bridge_core.plan import Entry, Plan
+from bridge_core.topology import ParallelLayout
 
 LATEST = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
@@ -106,8 +108,31 @@ def open_megatron(
     """
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
-    model = model_of(folder, hf_config, ignore_options=ignore_options)
+    model = model_of(dcp, hf_config, ignore_options=ignore_options)
     return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config, model.ignore, model.forms)
+
+
+def export_plan(
+    checkpoint: MegatronFolder, *, inventory: Mapping[str, Shape] | None = None, ignore: Sequence[str] = ()
+) -> Plan:
+    """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has.
+
+    Args:
+        checkpoint: says what was left out of it, and in which forms its tensors were published.
+        inventory: shapes of the HF tensors to be like, where there are such.
+        ignore: further patterns of HF names to leave out.
+    """
+    stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
+    ignore = tuple(dict.fromkeys((*checkpoint.ignore, *ignore)))
+    return Plan(
+        checkpoint.family,
+        checkpoint.family.without(checkpoint.fields, ignore),
+        ParallelLayout(),
+        padded_vocab=max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None,
+        inventory=inventory,
+        forms=checkpoint.forms,
+        ignore=ignore,
+    )
 
 
 def forms_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, where: Path) -> Forms:

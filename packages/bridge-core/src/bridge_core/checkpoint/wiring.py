@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bridge_core.checkpoint.dcp import DcpChunk, DcpTensor
 from bridge_core.checkpoint.dcp_layout import DcpLayout, plan_dcp
+from bridge_core.checkpoint.files import create_file, write_all
 from bridge_core.checkpoint.hf_folder import HfFolder
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.checkpoint.items import KnownHeads, locate_tensor, tensor_item
@@ -35,7 +36,7 @@ from bridge_core.checkpoint.keys import (
 from bridge_core.checkpoint.megatron_files import extra_state_object
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, forms_of
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, create_file, write_all
+from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError

@@ -18,7 +18,8 @@ from bridge_core.cli.tables import facts, in_bytes
 from bridge_core.errors import preview
 
 if TYPE_CHECKING:
-    from bridge_core.checkpoint.convert import Options, Report, Workers
+    from bridge_core.checkpoint.convert import Options, Report
+    from bridge_core.checkpoint.workers import Workers
 
 DType = Annotated[
     Literal["bf16", "fp16", "fp32"] | None,
@@ -27,7 +28,13 @@ DType = Annotated[
 Overwrite = Annotated[
     bool, "Replace an output folder that holds something; it stays as it is until the new one is finished."
 ]
+Durable = Annotated[
+    bool, "Wait for the disk before the output gets its name, so that it also outlives a crash of the machine."
+]
 Threads = Annotated[int, "Copies in flight at a time, in each process."]
+IgnoreOption = Annotated[
+    tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
+]
 Json = Annotated[bool, "Print the report as JSON."]
 Ignore = Annotated[
     tuple[str, ...], "HF names to leave out, as patterns of a shell (mtp.*, model.visual.*); the report names them."
@@ -42,11 +49,10 @@ class Import:
     megatron: Annotated[Path, "Output folder; gets iter_0000000/ and latest_checkpointed_iteration.txt."]
     dtype: DType = None
     overwrite: Overwrite = False
+    durable: Durable = False
     threads: Threads = 2
     ignore: Ignore = ()
-    ignore_option: Annotated[
-        tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
-    ] = ()
+    ignore_option: IgnoreOption = ()
     json: Json = False
 
     def run(self) -> int:
@@ -86,7 +92,9 @@ class Export:
     ignore: Ignore = ()
     dtype: DType = None
     overwrite: Overwrite = False
+    durable: Durable = False
     threads: Threads = 2
+    ignore_option: IgnoreOption = ()
     json: Json = False
 
     def run(self) -> int:
@@ -104,6 +112,7 @@ class Export:
                 max_shard_size=max_shard_size,
                 options=options,
                 ignore=self.ignore,
+                ignore_options=self.ignore_option,
                 on_total=on_total,
             )
 
@@ -122,6 +131,7 @@ def _convert(done: str, verb: Import | Export, convert: Run) -> int:
             options = Options(
                 dtype=verb.dtype,
                 overwrite=verb.overwrite,
+                durable=verb.durable,
                 workers=workers,
                 threads=verb.threads,
                 progress=shown.progress,
@@ -136,7 +146,7 @@ def _convert(done: str, verb: Import | Export, convert: Run) -> int:
 @contextmanager
 def _workers() -> Iterator[Workers]:
     """This process alone, or under torchrun all that it started."""
-    from bridge_core.checkpoint.convert import Alone
+    from bridge_core.checkpoint.workers import Alone
     from bridge_core.runtime.workers import torchrun_workers, world_size
 
     with torchrun_workers() if world_size() > 1 else nullcontext(Alone()) as workers:

@@ -5,14 +5,14 @@ Work is per *row*, never per tensor: a model with 90,000 tensors has about 15 ro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
 from bridge_core.errors import ConfigError, CoverageError
-from bridge_core.families import Family, Fields
+from bridge_core.families import Family, Fields, Table
 from bridge_core.geometry import Box, Piece, Shape, View, row_major, tiling_error
 from bridge_core.patterns import alternatives, at_layer, fill, holes
 from bridge_core.rules import Dims, Rule, Split, Tensor
@@ -182,7 +182,7 @@ def compile_entries(
     fields: Fields,
     *,
     padded_vocab: int | None = None,
-    names: Collection[str] | None = None,
+    inventory: Mapping[str, Shape] | None = None,
     forms: Mapping[str, int] | None = None,
     ignore: Sequence[str] = (),
 ) -> tuple[Entry, ...]:
@@ -192,24 +192,65 @@ def compile_entries(
         family: the model family.
         fields: Megatron fields of the model.
         padded_vocab: rows of the embedding on the Megatron side; None for no padding.
-        names: HF names that a checkpoint has, which choose between the forms of a row.
-        forms: numbers of the forms by Megatron name, where `names` is None; 0 for those that it does not name.
+        inventory: shapes of the HF tensors that a checkpoint has, which choose between the forms of a row.
+        forms: numbers of the forms by Megatron name, without an inventory; 0 for those that it does not name.
         ignore: patterns (as in a shell) of HF names to leave out, with the Megatron tensors made of them.
+
+    Raises:
+        CoverageError: a row does not tile its tensors, or a checkpoint fits two forms of one.
     """
     dims = model_dims(family, fields, padded_vocab or fields["vocab_size"])
+    table = family.table(fields)
     depths = {"decoder.layers": fields["num_layers"]}
-    rows: list[tuple[str, Rule, int]] = []
-    for name, row in family.table(fields).items():
+    for name, row in table.items():
         if "layer" in holes(name):
             block = name.partition(".{layer}")[0]
             depths[block] = max(depths.get(block, 0), 1 + max(row.layers or (0,)))
-        rule, form = _chosen(row, names, (forms or {}).get(name, 0))
+    chosen = dict.fromkeys(table, 0) | dict(forms or {})
+    if inventory is not None:
+        chosen = _forms_in(table, inventory, dims)
+    entries: list[Entry] = []
+    for name, row in table.items():
+        rule = replace(_forms_of(row)[chosen[name]], layers=row.layers)
         if not _left_out(name, rule, ignore):
-            rows.append((name, rule, form))
-    entries = tuple(_entry(name, rule, form, dims, depths) for name, rule, form in rows)
-    for entry in entries:
-        entry.check()
-    return entries
+            entries.append(_entry(name, rule, chosen[name], dims, depths))
+            entries[-1].check()
+    return tuple(entries)
+
+
+def _forms_of(row: Rule) -> list[Rule]:
+    """A row in all forms in which it is published."""
+    return [row, *(_forms_of(row.otherwise) if row.otherwise else ())]
+
+
+def _forms_in(table: Table, inventory: Mapping[str, Shape], dims: Dims) -> dict[str, int]:
+    """Which form of every row a checkpoint has, by names and shapes; the first where it has none of them."""
+    fitting = {name: _fitting(name, row, inventory, dims) if row.otherwise else [0] for name, row in table.items()}
+    # A square matrix fits either way round; the other rows of the same forms then say which it is.
+    told = {found[0] for name, found in fitting.items() if len(found) == 1 and table[name].otherwise}
+    chosen: dict[str, int] = {}
+    for name, found in fitting.items():
+        if len(found) > 1:
+            found = [form for form in found if form in told]
+            if len(found) != 1:
+                raise CoverageError(
+                    "a checkpoint fits several forms of a tensor",
+                    where=name,
+                    expected="names and shapes that only one of its forms has",
+                    got=", ".join(rule.hf for rule in _forms_of(table[name])),
+                    fix="convert it with the library that wrote it to one of the published forms",
+                )
+        chosen[name] = found[0] if found else 0
+    return chosen
+
+
+def _fitting(name: str, row: Rule, inventory: Mapping[str, Shape], dims: Dims) -> list[int]:
+    layer = (row.layers or (0,))[0]
+    return [
+        form
+        for form, rule in enumerate(_forms_of(row))
+        if all(inventory.get(fill(t.name, layer)) == t.shape for t in rule.expand(name, dims).hf)
+    ]
 
 
 def _entry(name: str, rule: Rule, form: int, dims: Dims, depths: Mapping[str, int]) -> Entry:
@@ -225,18 +266,6 @@ def _entry(name: str, rule: Rule, form: int, dims: Dims, depths: Mapping[str, in
         shift=rule.shift,
         form=form,
     )
-
-
-def _chosen(row: Rule, names: Collection[str] | None, wanted: int) -> tuple[Rule, int]:
-    """The form of a row whose HF tensors a checkpoint has, or the one wanted; the first if there is none such."""
-    rule, form = row, 0
-    while rule is not None:
-        layer = (rule.layers or (0,))[0]
-        held = names is not None and all(fill(name, layer) in names for name in alternatives(rule.hf))
-        if held or (names is None and form == wanted):
-            return replace(rule, layers=row.layers), form
-        rule, form = rule.otherwise, form + 1
-    return row, 0
 
 
 def _left_out(target: str, rule: Rule, ignore: Sequence[str]) -> bool:

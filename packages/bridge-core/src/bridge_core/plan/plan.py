@@ -7,7 +7,7 @@ pieces of one tensor-parallel coordinate, computed once. Names and numbers are f
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -93,7 +93,8 @@ class Plan:
         dtypes: safetensors dtype by HF name.
         make_vocab_size_divisible_by: the Megatron vocabulary is padded to a multiple of this times `tp`.
         padded_vocab: rows of the Megatron vocabulary, where they are known already.
-        names: HF names that a checkpoint has; they choose between the forms in which a family is published.
+        inventory: shapes of the HF tensors that a checkpoint has; they choose between the forms in which a family
+            is published.
         forms: or the forms themselves, as another plan's `forms` has them.
         ignore: patterns (as in a shell) of HF names to leave out: `mtp.*`, `model.visual.*`.
 
@@ -112,7 +113,7 @@ class Plan:
         dtypes: Mapping[str, str] | None = None,
         make_vocab_size_divisible_by: int = 1,
         padded_vocab: int | None = None,
-        names: Collection[str] | None = None,
+        inventory: Mapping[str, Shape] | None = None,
         forms: Mapping[str, int] | None = None,
         ignore: Sequence[str] = (),
     ) -> None:
@@ -125,7 +126,7 @@ class Plan:
         self.padded_vocab = padded_vocab or -(-fields["vocab_size"] // unit) * unit
         self.ignore = tuple(ignore)
         self.entries = compile_entries(
-            family, fields, padded_vocab=self.padded_vocab, names=names, forms=forms, ignore=self.ignore
+            family, fields, padded_vocab=self.padded_vocab, inventory=inventory, forms=forms, ignore=self.ignore
         )
         mtp = fields.get("mtp_num_layers") if any(entry.name.startswith("mtp.") for entry in self.entries) else None
         self.placement = place_layers(layout, num_layers=fields["num_layers"], mtp_num_layers=mtp)

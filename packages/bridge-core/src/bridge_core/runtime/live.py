@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
+from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
 from bridge_core.plan.placement import EMBEDDING
 from bridge_core.runtime.tensors import dtype_name
@@ -91,7 +92,7 @@ def open_live(
     *,
     groups: ProcessGroupCollection | None = None,
     excepted: Collection[str] = (),
-    names: Collection[str] | None = None,
+    inventory: Mapping[str, Shape] | None = None,
     ignore: Sequence[str] = (),
 ) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.
@@ -101,7 +102,7 @@ def open_live(
         family, fields: of the HF model.
         groups: the model's process groups; by default those it was built with (`model.pg_collection`).
         excepted: patterns (as in a shell) of parameter names that need not match: a changed head.
-        names, ignore: as for a `Plan`.
+        inventory, ignore: as for a `Plan`.
 
     Raises:
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
@@ -114,7 +115,7 @@ def open_live(
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: tensor for key, tensor in named.items() if key not in left}
     padded = _padded_vocab(named, layout.tp, fields["vocab_size"])
-    plan = Plan(family, fields, layout, padded_vocab=padded, names=names, ignore=ignore)
+    plan = Plan(family, fields, layout, padded_vocab=padded, inventory=inventory, ignore=ignore)
     shards = tuple(shard for shard in plan.local_shards(rank) if not matches(shard.param, excepted))
     wanted = {(shard.chunk, shard.param): shard for shard in shards}
     tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}

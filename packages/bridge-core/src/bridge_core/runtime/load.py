@@ -10,9 +10,10 @@ from threading import Event
 from typing import Any
 
 from bridge_core.checkpoint.copies import check_copies
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, OpenFiles, gather, together
+from bridge_core.checkpoint.transfer import Job, gather, in_threads
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
@@ -100,7 +101,7 @@ def load_hf_weights(
             fields,
             groups=groups,
             excepted=allowed_mismatched,
-            names=folder.tensors,
+            inventory=folder.shapes,
             ignore=ignore,
         )
         opened.append((live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored))
@@ -182,7 +183,7 @@ def _fill(live: LiveModel, folder: HfFolder, threads: int) -> None:
         parts = [live.shards[number::threads] for number in range(threads)]
         tasks = [lambda part=part: _fill_some(live, part, folder, files, stop) for part in parts if part]
         if tasks:  # a pipeline stage may hold nothing at all
-            together(tasks, stop)
+            in_threads(tasks, stop)
 
 
 def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files: OpenFiles, stop: Event) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder
-from bridge_core.checkpoint.transfer import OpenFiles
 from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint.convert import carried_files, copy_files, written_config
+from bridge_core.checkpoint.files import OpenFiles, create_file, write_all
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
-from bridge_core.checkpoint.output import check_apart, check_free, real_path
-from bridge_core.checkpoint.together import write_folder
-from bridge_core.checkpoint.transfer import OpenFiles, create_file, write_all
+from bridge_core.checkpoint.hf_output import carried_files, copy_files, written_config
+from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
 from bridge_core.dtypes import dtype_of
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
@@ -94,8 +93,8 @@ def save_hf_pretrained(
         if source is not None:
             check_apart(output, Path(source))
             like = open_hf(source)
-        names = like.tensors if like else None
-        prepared.append((open_live(model, family, fields, groups=groups, names=names, ignore=ignore), like))
+        held = like.shapes if like else None
+        prepared.append((open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore), like))
 
     workers.together(check)
     live, like = prepared[0]

@@ -21,6 +21,9 @@ Tensors = dict[str, "Tensor"]
 PACKED = ("qwen3_5_moe",)
 """Model types whose experts lie on disk as transformers holds them."""
 
+TRANSPOSED = ("qwen3_vl_moe",)
+"""Model types whose experts lie on disk [expert, in, out]: transformers turns them when it loads, not when it saves."""
+
 
 def save_published(model: PreTrainedModel, folder: Path, *, mtp: bool = True) -> Path:
     """Save a model as its publisher would: one safetensors file and config.json.
@@ -52,7 +55,10 @@ def save_published(model: PreTrainedModel, folder: Path, *, mtp: bool = True) ->
 def disk_tensors(model: PreTrainedModel) -> Tensors:
     """The model's own tensors under their names on disk, without copies of tied ones."""
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    return state if model.config.model_type in PACKED else _converted(model, state)
+    kind = model.config.model_type
+    if kind in TRANSPOSED:
+        return {n: t.transpose(1, 2) if ".mlp.experts." in n else t for n, t in state.items()}
+    return state if kind in PACKED else _converted(model, state)
 
 
 def _converted(model: PreTrainedModel, state: Tensors) -> Tensors:

@@ -122,7 +122,7 @@ HYBRIDS = {
     "qwen3_vl_moe": (
         "Qwen3VLMoeForConditionalGeneration",
         {
-            "text_config": _QWEN3_VL | EXPERTS | {"num_experts": 8, "moe_intermediate_size": 32},
+            "text_config": _QWEN3_VL | EXPERTS | {"num_experts": 8, "moe_intermediate_size": 48},
             "vision_config": _DEEPSTACK,
         },
     ),
