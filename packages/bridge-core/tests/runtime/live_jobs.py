@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 
-def round_trip(path: str, layout: dict[str, Any], spec: str, out: str, tokens, *, bucket_bytes: int = 60_000):
+def round_trip(
+    path: str, layout: dict[str, Any], spec: str, out: str, tokens, *, bucket_bytes: int = 60_000, ignore=()
+):
     """Load, run, save, stream: what each step said on this rank."""
     import torch
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import build, forward
+    from bridge_core.testing.mcore_jobs import build, forward, global_state_for_mtp
 
-    with ExitStack() as stack:
-        stack.enter_context(host_backend())
-        bridge = AutoBridge.from_hf_pretrained(path)
+    bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
+    with host_backend(), global_state_for_mtp(bridge.fields, layout):
         _, pg, chunks = build(bridge.fields, layout, spec=spec, vocab_divisible_by=16)
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(float("nan"))
-        reads = stack.enter_context(poisoned_parallel_state(frozenset()))
-        loaded = bridge.load_hf_weights(chunks)
-        saved = bridge.save_hf_pretrained(chunks, out)
-        stream = bridge.stream(chunks, bucket_bytes=bucket_bytes)
-        tensors = {name: tensor.clone() for name, tensor in stream}
-        collectives = stream.collectives
-        again = [name for name, _ in stream]
+        with poisoned_parallel_state(frozenset()) as reads:
+            loaded = bridge.load_hf_weights(chunks)
+            saved = bridge.save_hf_pretrained(chunks, out)
+            stream = bridge.stream(chunks, bucket_bytes=bucket_bytes)
+            tensors = {name: tensor.clone() for name, tensor in stream}
+            collectives = stream.collectives
+            again = [name for name, _ in stream]
         assert not reads, reads
-        stack.pop_all().close()
-    with host_backend(), torch.no_grad():
-        logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+        with torch.no_grad():
+            logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
     return {
         "loaded": loaded,
         "saved": saved,
@@ -52,7 +51,7 @@ def round_trip(path: str, layout: dict[str, Any], spec: str, out: str, tokens, *
 def bridge_shards(bridge, chunks):
     from bridge_core.runtime.live import open_live
 
-    return open_live(chunks, bridge.family, bridge.fields).shards
+    return open_live(chunks, bridge.family, bridge.fields, ignore=bridge.ignore).shards
 
 
 def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bridge_core.errors import ConfigError
 from bridge_core.extras import require
 from bridge_core.families import Fields
-from bridge_core.topology import ParallelLayout
+from bridge_core.topology import ParallelLayout, place_layers
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -31,6 +31,11 @@ _MODEL_ARGUMENTS = (
     "rope_scaling_factor",
     "seq_len_interpolation_factor",
     "share_embeddings_and_output_weights",
+)
+# Fields that choose other modules than a plain decoder's, and that not every version has.
+_VARIANTS = (
+    *("experimental_attention_variant", "linear_attention_freq", "attention_output_gate"),
+    *("moe_shared_expert_gate", "layernorm_zero_centered_gamma", "mtp_num_layers"),
 )
 _BESIDE = (*_MODEL_ARGUMENTS, "vocab_size", "seq_length", "make_vocab_size_divisible_by", "padded_vocab_size")
 
@@ -57,6 +62,7 @@ class Provider:
         object.__setattr__(self, "_settings", {"make_vocab_size_divisible_by": 1})
         object.__setattr__(self, "_final", False)
         object.__setattr__(self, "spec", spec or default_spec())
+        _check_version(fields, known)
         self.apply_overrides({name: value for name, value in fields.items() if name in known})
 
     def __getattr__(self, name: str) -> Any:
@@ -194,9 +200,12 @@ class Provider:
         pp, rank, vpp = groups.pp.size(), groups.pp.rank(), self.layout.vpp
         vp_stage = stage if vpp > 1 else None
         arguments = {name: self._settings[name] for name in _MODEL_ARGUMENTS if self._settings.get(name) is not None}
+        block = _block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage)
+        if self._predicts(rank, stage):
+            arguments["mtp_block_spec"] = _mtp_spec(self.spec, config, block, pp_rank=rank, vp_stage=vp_stage)
         return GPTModel(
             config,
-            _block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage),
+            block,
             vocab_size=self.padded_vocab,
             max_sequence_length=self.seq_length,
             pre_process=rank == 0 and stage == 0,
@@ -205,6 +214,26 @@ class Provider:
             pg_collection=groups,
             vp_stage=vp_stage,
             **arguments,
+        )
+
+    def _predicts(self, pp_rank: int, stage: int) -> bool:
+        """Whether a chunk has the prediction layers."""
+        if not self.mtp_num_layers:
+            return False
+        placement = place_layers(self.layout, num_layers=self.num_layers, mtp_num_layers=self.mtp_num_layers)
+        return bool(placement.stage(pp_rank, stage).mtp_layers)
+
+
+def _check_version(fields: Fields, known: set[str]) -> None:
+    """Raise if the installed megatron-core does not know a field that changes what the model computes."""
+    lacking = [name for name in _VARIANTS if fields.get(name) and name not in known]
+    if lacking:
+        raise ConfigError(
+            "the installed megatron-core cannot build this model",
+            where=", ".join(lacking),
+            expected="fields of its TransformerConfig, as in megatron-core 0.19",
+            got="a version without them",
+            fix="install a newer megatron-core; converting checkpoints does without it",
         )
 
 
@@ -231,6 +260,8 @@ def _block_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_stage
         from bridge_core.runtime.host import host_block_spec
 
         return host_block_spec(config, pp_rank=pp_rank, vp_stage=vp_stage)
+    if getattr(config, "experimental_attention_variant", None) is not None:
+        return _variant_spec(spec, config, pp_rank=pp_rank, vp_stage=vp_stage)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     return get_gpt_decoder_block_spec(
@@ -240,3 +271,42 @@ def _block_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_stage
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+
+
+def _variant_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_stage: int | None) -> Any:
+    """The layer specs of a chunk some of whose layers are gated delta nets."""
+    if spec != "te":
+        raise ConfigError(
+            "megatron-core builds gated delta nets of Transformer Engine's modules only",
+            where="spec",
+            expected="te, or host on a CPU",
+            got=spec,
+        )
+    from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+        get_transformer_block_with_experimental_attention_variant_spec,
+    )
+
+    return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
+
+
+def _mtp_spec(spec: Spec, config: TransformerConfig, block: Any, *, pp_rank: int, vp_stage: int | None) -> Any:
+    """The prediction layers of one chunk: megatron-core makes them like the last layer of the decoder."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        # 0.16.1 and 0.19.2, transformer/multi_token_prediction.py: `mtp_on_this_rank`, `get_mtp_num_layers_to_build`.
+        raise ConfigError(
+            "megatron-core asks its global state for the stage of prediction layers, and that was not initialised",
+            where="mtp_num_layers",
+            expected="parallel_state.initialize_model_parallel with the sizes of the layout",
+            got="no global state",
+            fix="initialise it before the model is built, or set mtp_num_layers=None and load with ignore=['mtp.*']",
+        )
+    if spec == "host":
+        from bridge_core.runtime.host import host_mtp_block_spec
+
+        return host_mtp_block_spec(config, block, pp_rank=pp_rank, vp_stage=vp_stage)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    te = spec == "te"
+    return get_gpt_mtp_block_spec(config, block, use_transformer_engine=te, vp_stage=vp_stage, pp_rank=pp_rank)
