@@ -29,6 +29,35 @@ BASE = {
 }
 MOE = {"num_experts_per_tok": 2}
 
+SHARED = MOE | {"num_experts": 8, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16}
+DELTA = BASE | {
+    "hidden_size": 16,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 2,
+    "linear_value_head_dim": 3,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+}
+SEEING = {
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 16,
+        "num_heads": 8,
+        "intermediate_size": 24,
+        "in_channels": 3,
+        "patch_size": 2,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 16,
+        "num_position_embeddings": 9,
+    },
+    "image_token_id": 30,
+    "video_token_id": 31,
+    "vision_start_token_id": 32,
+    "vision_end_token_id": 33,
+}
+
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
     "llama-tied": BASE | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
@@ -46,6 +75,15 @@ CONFIGS = {
         "mlp_only_layers": [0, 2],
     },
     "mixtral": BASE | MOE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+    "qwen3_next": DELTA | SHARED | {"architectures": ["Qwen3NextForCausalLM"], "mlp_only_layers": [2]},
+    "qwen3_5_text": DELTA | {"architectures": ["Qwen3_5ForCausalLM"]},
+    "qwen3_5": SEEING
+    | {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": DELTA | {"mtp_num_hidden_layers": 1}},
+    "qwen3_5_moe": SEEING
+    | {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": DELTA | SHARED | {"mtp_num_hidden_layers": 1},
+    },
 }
 
 
@@ -57,7 +95,8 @@ def make_plan(config: dict, layout: ParallelLayout, **options) -> Plan:
 @st.composite
 def layouts(draw, config: dict):
     """Layouts that the configuration admits, uneven pipelines and all."""
-    moe = "num_experts_per_tok" in config
+    moe = "num_experts_per_tok" in config.get("text_config", config)
+    mtp = family_for(config).to_megatron(config).get("mtp_num_layers")
     pp = draw(st.sampled_from([1, 2, 4]))
     options = {
         "tp": draw(st.sampled_from([1, 2, 4, 8])),
@@ -71,7 +110,8 @@ def layouts(draw, config: dict):
     if uneven == "first" and pp == 2 and options["vpp"] == 1:
         options["num_layers_in_first_pipeline_stage"] = draw(st.sampled_from([1, 3]))
     if uneven == "string" and pp == 4:
-        options["pipeline_model_parallel_layout"] = draw(st.sampled_from(["Et|tt||tL", "E|tt|t|tL"]))
+        stages = draw(st.sampled_from(["Et|tt||t", "E|tt|t|t"]))
+        options["pipeline_model_parallel_layout"] = stages + ("mL" if mtp else "L")
     return ParallelLayout(**options)
 
 

@@ -14,6 +14,7 @@ def round_trip(
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
+    from bridge_core.runtime.live import open_live
     from bridge_core.testing.mcore_jobs import build, forward, global_state_for_mtp
 
     bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
@@ -32,6 +33,7 @@ def round_trip(
         assert not reads, reads
         with torch.no_grad():
             logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+    live = open_live(chunks, bridge.family, bridge.fields, ignore=ignore)
     return {
         "loaded": loaded,
         "saved": saved,
@@ -43,15 +45,9 @@ def round_trip(
         "buckets": len(stream._buckets),
         "logits": logits,
         "tp": pg.tp.rank(),
-        "held": sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters()),
-        "padding": sum(box.numel * 4 for shard in bridge_shards(bridge, chunks) for box in shard.pad),
+        "held": sum(tensor.numel() * tensor.element_size() for tensor in live.tensors.values()),
+        "padding": sum(box.numel * 4 for shard in live.shards for box in shard.pad),
     }
-
-
-def bridge_shards(bridge, chunks):
-    from bridge_core.runtime.live import open_live
-
-    return open_live(chunks, bridge.family, bridge.fields, ignore=bridge.ignore).shards
 
 
 def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) -> str:

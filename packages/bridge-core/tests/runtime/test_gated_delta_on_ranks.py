@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 from runtime.live_jobs import round_trip
+from runtime.megatron_jobs import load, save
 
 from bridge_core import AutoBridge, ParallelLayout, import_ckpt
 from bridge_core.checkpoint.hf_folder import open_hf
@@ -138,6 +139,47 @@ def test_mcore_loads_an_imported_checkpoint(rank_pool, models, tmp_path, name, l
             assert same_bits(held, cut(shard, hf, plan.entry(shard.entry).shift)), name
     parts = {tp: part for rank, (_, part, tp) in enumerate(results) if part is not None and not sizes.coords(rank).dp}
     compare_logits(parts, logits)
+
+
+def test_mcore_loads_what_is_float32_on_disk_into_bfloat16(rank_pool, models, tmp_path):
+    """As Qwen3.5 was published: mcore's own parameters for decay and norm have the model's dtype."""
+    from safetensors.torch import save_file
+
+    wide = (".linear_attn.A_log", ".linear_attn.norm.weight")
+    folder, _ = models("qwen3_5-text")
+    source = {key: t if key.endswith(wide) else t.bfloat16() for key, t in tensors(folder).items()}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text((folder / "config.json").read_text())
+    save_file(source, tmp_path / "hf" / "model.safetensors")
+    import_ckpt(tmp_path / "hf", tmp_path / "megatron")
+    bridge = AutoBridge.from_hf_pretrained(tmp_path / "hf")
+    layout = {"tp": 2, "bf16": True, "params_dtype": torch.bfloat16}
+    iteration = str(tmp_path / "megatron" / "iter_0000000")
+    results = rank_pool.run(load_and_run, bridge.fields, layout, iteration, TOKENS, ranks=[0, 1])
+    plan = bridge.plan(ParallelLayout(tp=2))
+    for rank, (params, _, _) in enumerate(results):
+        shards = {shard.param: shard for shard in plan.local_shards(rank)}
+        for (_, name), held in params.items():
+            shard = shards[name.replace("mtp_model_layer", "transformer_layer")]
+            wanted = cut(shard, source, plan.entry(shard.entry).shift)
+            assert held.dtype == torch.bfloat16
+            assert torch.equal(held, wanted.bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "saved_at", "loaded_at"),
+    [("qwen3_5_moe-text", {"tp": 2, "ep": 2, "etp": 1}, {"pp": 2}), ("qwen3_5-tied", {"pp": 2}, {"tp": 2, "pp": 2})],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_a_live_model_as_a_megatron_checkpoint(rank_pool, models, tmp_path, name, saved_at, loaded_at):
+    folder, _ = models(name)
+    sizes = [range(ParallelLayout(**layout).world_size) for layout in (saved_at, loaded_at)]
+    rank_pool.run(save, str(folder), saved_at, str(tmp_path / "run"), ignore=(TOWER,), ranks=sizes[0])
+    rank_pool.run(load, str(folder), loaded_at, str(tmp_path / "run"), ignore=(TOWER,), ranks=sizes[1])
+    AutoBridge.from_hf_pretrained(folder, ignore=[TOWER]).export_ckpt(tmp_path / "run", tmp_path / "hf")
+    source, back = tensors(folder), tensors(tmp_path / "hf")
+    assert back.keys() == {name for name in source if not name.startswith("model.visual.")}
+    assert all(same_bits(back[name], source[name]) for name in back)
 
 
 def cut(shard, hf, shift):

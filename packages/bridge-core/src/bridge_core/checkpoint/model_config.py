@@ -25,12 +25,14 @@ _NEEDED = (*_SIZES, "share_embeddings_and_output_weights")
 _GEOMETRY = (
     *(name for name in _NEEDED if name != "vocab_size"),
     *("num_moe_experts", "moe_ffn_hidden_size", "add_qkv_bias", "qk_layernorm"),
+    *("moe_shared_expert_intermediate_size", "linear_num_key_heads", "linear_num_value_heads"),
+    *("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"),
 )
 # Constants of a family that say how a model is trained, not what it computes.
 _TRAINING = frozenset({
     "hidden_dropout", "attention_dropout", "moe_grouped_gemm", "moe_router_load_balancing_type", "moe_router_dtype",
 })  # fmt: skip
-# Fields of TransformerConfig that change what weights mean, and that no family of this package translates yet.
+# Fields of TransformerConfig that change what weights mean, as they are where a family says nothing of them.
 _DEFAULTS: Mapping[str, Any] = {
     "layernorm_zero_centered_gamma": False,
     "multi_latent_attention": False,
@@ -38,6 +40,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "window_size": None,
     "mtp_num_layers": None,
     "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
 }
 _PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that the model came from"
 
@@ -110,6 +115,8 @@ def _from_given(said: _Said | None, hf_config: Mapping[str, Any], ignore_options
         _check_meaning(family, said.fields, said.where)
         _compare(said.fields, None, given, family, where=said.where, names=_GEOMETRY)
         _check_vocabulary(said, given)
+        if family.unsaid_mtp and "mtp_num_layers" in said.fields:
+            given = given | {"mtp_num_layers": said.fields["mtp_num_layers"]}
     return ModelConfig(given, family, dict(hf_config))
 
 
@@ -228,6 +235,8 @@ def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
     translated = {option.megatron for section in family.parts.values() for option in section.fields}
     expected = {k: v for k, v in family.megatron.items() if k not in _TRAINING}
     expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected and k not in translated}
+    if any(name.startswith("mtp.") for name in family.table(fields)) or not fields.get("mtp_num_layers"):
+        expected.pop("mtp_num_layers", None)  # the table has rows for them, or there are none
     wrong = {k: v for k, v in expected.items() if fields.get(k) is not None and fields[k] != v and (fields[k] or v)}
     if wrong:
         raise ConfigError(

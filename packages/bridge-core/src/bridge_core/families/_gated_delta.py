@@ -1,4 +1,4 @@
-"""What Qwen3-Next and Qwen3.5 share: gated attention in some layers, gated delta nets in the others, a prediction layer.
+"""What Qwen3-Next and Qwen3.5 share: gated attention in some layers, gated delta nets in the others, MTP.
 
 All norms are stored as their distance from one, on both sides, but for the norm inside the delta net: HF stores
 its weight, Megatron, which has one kind of norm in a model, its distance from one.
@@ -148,14 +148,12 @@ def language_table(fields: Fields, delta: Table, *, dense: Table, sparse: Table,
 def with_language_prefix(table: Table) -> Table:
     """The same rows; HF names may also be those of a model that sees, whose vision tower was taken off."""
     others = under(table, "model.", "model.language_model.")
-    return {name: _either(rule, others[name]) for name, rule in table.items()}
+    return {name: _either(rule, others[name]) if rule.hf.startswith("model.") else rule for name, rule in table.items()}
 
 
 def _either(rule: Rule, other: Rule) -> Rule:
-    """The forms of `rule`, then those of `other` unless they are the same."""
-    if rule.otherwise is not None:
-        return replace(rule, otherwise=_either(rule.otherwise, other))
-    return rule if rule.hf == other.hf else replace(rule, otherwise=other)
+    """The forms of `rule`, then those of `other`."""
+    return replace(rule, otherwise=_either(rule.otherwise, other) if rule.otherwise else other)
 
 
 def _where(kinds: list[int], wanted: int) -> list[int]:
@@ -192,7 +190,7 @@ DELTA_FIELDS = (
 SHARED_EXPERT = Field("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
 
 MEGATRON = {
-    **RMS_SWIGLU,
+    **{name: value for name, value in RMS_SWIGLU.items() if name != "rotary_percent"},
     "add_qkv_bias": False,
     "qk_layernorm": True,
     "layernorm_zero_centered_gamma": True,

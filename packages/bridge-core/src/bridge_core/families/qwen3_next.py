@@ -46,7 +46,8 @@ def write_rotary(fields: Fields) -> dict[str, Any]:
 
 def recognises(fields: Fields) -> bool:
     """Delta nets and experts, of a model that does not see."""
-    return bool(is_delta_net(fields) and fields.get("num_moe_experts")) and not fields.get("mrope_section")
+    sees = fields.get("mrope_section") or fields.get("vision_num_layers")
+    return bool(is_delta_net(fields) and fields.get("num_moe_experts")) and not sees
 
 
 FAMILY = Family(
