@@ -109,6 +109,25 @@ def test_decay_and_norm_stay_wide_beside_bfloat16(saved, tmp_path):
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_that_is_far_from_one_comes_back_in_half_precision(saved, tmp_path, dtype):
+    """Its distance from one has more digits than it has itself."""
+
+    def halve(tensors):
+        norms = [key for key in tensors if key.endswith(".linear_attn.norm.weight")]
+        size = tensors[norms[0]].numel()
+        signs = torch.tensor([1.0, -1.0]).repeat(len(norms) * size // 2)
+        values = torch.logspace(-9, 6, len(norms) * size, base=2) * signs
+        far = dict(zip(norms, values.split(size), strict=True))
+        return {key: far.get(key, tensor).to(dtype) for key, tensor in tensors.items()}
+
+    folder = rewrite(saved("qwen3_next", "publisher"), tmp_path / "hf", halve)
+    import_ckpt(folder, tmp_path / "megatron")
+    export_ckpt(tmp_path / "megatron", tmp_path / "back", source=folder)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    verify(folder, tmp_path / "megatron").raise_if_different()
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_moe-text", "qwen3_5_moe"])
 def test_packed_experts_of_the_prediction_layer(saved, tmp_path, name):
     """As Qwen3.6 has them."""
