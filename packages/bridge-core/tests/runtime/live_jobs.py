@@ -69,6 +69,20 @@ def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) ->
     return "no error"
 
 
+def build_without_global_state(path: str, spec: str) -> str:
+    """Build a model with prediction layers; the error's text."""
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    with host_backend():
+        try:
+            build(AutoBridge.from_hf_pretrained(path).fields, {}, spec=spec)
+        except BridgeError as error:
+            return str(error)
+    return "no error"
+
+
 def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> str:
     """One rank cannot read (or write, or stream); what every rank is told."""
     import torch.distributed as dist

@@ -6,11 +6,13 @@ The vision tower of a model that sees is left out: its language model is what me
 from __future__ import annotations
 
 import pytest
-from runtime.live_jobs import round_trip
+from runtime.live_jobs import build_without_global_state, round_trip
 from runtime.megatron_jobs import load, save
 
 from bridge_core import AutoBridge, ParallelLayout, import_ckpt
 from bridge_core.checkpoint.hf_folder import open_hf
+from bridge_core.errors import ConfigError
+from bridge_core.runtime.provider import _check_version
 from bridge_core.testing.hf_layouts import save_published
 from bridge_core.testing.hf_models import HYBRIDS, make_model, save_model
 from bridge_core.testing.mcore_jobs import load_and_run
@@ -180,6 +182,22 @@ def test_a_live_model_as_a_megatron_checkpoint(rank_pool, models, tmp_path, name
     source, back = tensors(folder), tensors(tmp_path / "hf")
     assert back.keys() == {name for name in source if not name.startswith("model.visual.")}
     assert all(same_bits(back[name], source[name]) for name in back)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"), [("host", "initialize_model_parallel"), ("local", "Transformer Engine's modules only")]
+)
+def test_what_mcore_cannot_build_is_said(rank_pool, models, spec, words):
+    folder, _ = models("qwen3_5-text")
+    (text,) = rank_pool.run(build_without_global_state, str(folder), spec, ranks=[0])
+    assert words in text
+
+
+def test_a_version_without_the_modules_is_refused(models):
+    fields = AutoBridge.from_hf_pretrained(models("qwen3_5_moe-text")[0]).fields
+    with pytest.raises(ConfigError, match=r"attention_output_gate[\s\S]*megatron-core 0.19"):
+        _check_version(fields, {"num_layers", "mtp_num_layers", "layernorm_zero_centered_gamma"})
+    _check_version({"num_layers": 4, "attention_output_gate": False}, {"num_layers"})
 
 
 def cut(shard, hf, shift):
