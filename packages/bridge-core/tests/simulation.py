@@ -28,6 +28,21 @@ BASE = {
     "tie_word_embeddings": False,
 }
 MOE = {"num_experts_per_tok": 2}
+TEXT = {name: value for name, value in BASE.items() if name != "tie_word_embeddings"}
+VISION = {
+    "depth": 3,
+    "hidden_size": 16,
+    "num_heads": 8,
+    "intermediate_size": 24,
+    "in_channels": 3,
+    "patch_size": 2,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 12,
+    "num_position_embeddings": 9,
+    "deepstack_visual_indexes": [0, 2],
+}
+IMAGES = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
 
 SHARED = MOE | {"num_experts": 8, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16}
 DELTA = BASE | {
@@ -39,24 +54,7 @@ DELTA = BASE | {
     "linear_conv_kernel_dim": 4,
     "full_attention_interval": 2,
 }
-SEEING = {
-    "vision_config": {
-        "depth": 2,
-        "hidden_size": 16,
-        "num_heads": 8,
-        "intermediate_size": 24,
-        "in_channels": 3,
-        "patch_size": 2,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 9,
-    },
-    "image_token_id": 30,
-    "video_token_id": 31,
-    "vision_start_token_id": 32,
-    "vision_end_token_id": 33,
-}
+SEEING = IMAGES | {"vision_config": VISION | {"out_hidden_size": 16, "deepstack_visual_indexes": []}}
 
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
@@ -83,6 +81,18 @@ CONFIGS = {
     | {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
         "text_config": DELTA | SHARED | {"mtp_num_hidden_layers": 1},
+    },
+    "qwen3_vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "text_config": TEXT,
+        "vision_config": VISION,
+        **IMAGES,
+    },
+    "qwen3_vl_moe": {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": TEXT | MOE | {"num_experts": 8, "moe_intermediate_size": 8},
+        "vision_config": VISION,
+        **IMAGES,
     },
 }
 

@@ -184,3 +184,14 @@ def test_equal_objects_are_stored_once(tmp_path):
     states = [place for key, place in objects.items() if "._extra_state/" in key]
     assert len(states) > 4 * 8 * 2
     assert len(set(states)) == 1
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_release_checkpoint_is_found_as_megatron_names_it(tmp_path, said):
+    hf, run = write_hf(tmp_path / "hf", "qwen3"), tmp_path / "run"
+    import_ckpt(hf, run)
+    (run / "iter_0000000").rename(run / "release")
+    latest = run / "latest_checkpointed_iteration.txt"
+    latest.write_text("release\n") if said else latest.unlink()
+    export_ckpt(run, tmp_path / "back", source=hf)
+    assert contents(tmp_path / "back") == contents(hf)

@@ -18,7 +18,7 @@ from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, share, transfer
 from bridge_core.dtypes import numpy_dtype
 from bridge_core.errors import CheckpointError
-from bridge_core.geometry import Piece, View
+from bridge_core.geometry import Piece, View, slabs
 
 PATHS = {"kernel": (1, 1), "gathered": (1 << 40, 1), "staged": (1 << 40, 1 << 40)}
 
@@ -170,7 +170,7 @@ def test_a_kernel_that_copies_nothing_is_not_taken_at_its_word(tmp_path, monkeyp
 def test_blocks_are_bounded_and_follow_one_another(shape, most):
     numbers = np.arange(prod(shape)).reshape(shape)
     found = []
-    for box in module._slabs(shape, most):
+    for box in slabs(shape, most):
         assert box.numel <= most
         found.append(numbers[tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))].ravel())
     assert np.array_equal(np.concatenate(found), numbers.ravel())

@@ -99,9 +99,9 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
     with host_backend():
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
-        originals = load.gather, save._Writer._write
+        originals = load.gather, save.SharedFiles._write
         if dist.get_rank() == 1:
-            load.gather, save._Writer._write = broken, broken
+            load.gather, save.SharedFiles._write = broken, broken
         try:
             if step == "load":
                 bridge.load_hf_weights(chunks)
@@ -117,7 +117,7 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
         except (BridgeError, MemoryError) as error:
             return str(error)
         finally:
-            load.gather, save._Writer._write = originals
+            load.gather, save.SharedFiles._write = originals
     return "no error"
 
 
@@ -144,7 +144,7 @@ def die_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str, note
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
         if rank == dist.get_world_size() - 1:
-            load.gather, save._Writer._write = die, die
+            load.gather, save.SharedFiles._write = die, die
         started = time.monotonic()
         try:
             if step == "load":

@@ -167,7 +167,8 @@ def export_ckpt(
 class _Conversion:
     """A conversion that was planned, audited and laid out; what is left is to write it.
 
-    `room` is bytes of the files, `nbytes` bytes of the tensors in them. The last three are the steps of `write_folder`.
+    `room` is bytes of the files, `nbytes` bytes of the tensors in them. `prepare`, `fill` and `finish` are the steps of
+    `write_folder`; `check` looks at the source's data before anything is written.
     """
 
     output: Path
@@ -180,9 +181,11 @@ class _Conversion:
     prepare: Callable[[Path], None]
     fill: Callable[[Path, int, int], Moved]
     finish: Callable[[Path], None]
+    check: Callable[[], None] = lambda: None
 
 
 def _write(ready: _Conversion, shown: Path, options: Options, on_total: Callable[[int], None] | None) -> Report:
+    options.workers.together(ready.check)
     if on_total:
         on_total(ready.nbytes)
     moved = write_folder(
@@ -244,6 +247,7 @@ def _plan_import(
         prepare=partial(_prepare_import, run_config, source.path, carried),
         fill=partial(_fill_import, plan, source, layout, options),
         finish=lambda folder: write_metadata(folder / ITERATION, layout),
+        check=partial(check_copies, plan, source, rank=options.workers.rank, size=options.workers.size),
     )
 
 
@@ -274,7 +278,6 @@ def _fill_import(
     plan: Plan, source: HfFolder, layout: DcpLayout, options: Options, folder: Path, rank: int, size: int
 ) -> Moved:
     """Every worker makes and fills whole files."""
-    check_copies(plan, source, rank=rank, size=size)
     names = [name for number, name in enumerate(layout.files) if number % size == rank]
     create_files(folder / ITERATION, layout, names)
     mine = {str(folder / ITERATION / name) for name in names}

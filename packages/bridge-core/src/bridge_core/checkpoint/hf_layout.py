@@ -77,9 +77,10 @@ def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str]) -> HfL
         CoverageError: the source holds other tensors than the plan, or other shapes.
     """
     ignored = set(plan.audit(source.shapes).ignored)
+    shapes = plan.hf_tensors | {name: plan.hf_tensors[copy.of] for name, copy in plan.copies.items()}
     files: list[Laid] = []
     for name, tensors in source.files.items():
-        kept = [(tensor, dtypes[tensor], plan.hf_tensors[tensor]) for tensor in tensors if tensor not in ignored]
+        kept = [(tensor, dtypes[tensor], shapes[tensor]) for tensor in tensors if tensor not in ignored]
         unchanged = all(dtype == source.tensors[tensor].dtype for tensor, dtype, _ in kept)
         if unchanged and len(kept) == len(tensors):
             # The very same header, however its writer formatted it: then the whole file will be the same.

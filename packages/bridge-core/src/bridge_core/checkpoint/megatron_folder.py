@@ -18,6 +18,9 @@ from bridge_core.topology import ParallelLayout
 
 LATEST = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
+# What a checkpoint without an iteration is called, in the file and as a folder: a converted model, not a step of
+# training (Megatron-LM core_v0.13, megatron/training/checkpointing.py, `get_checkpoint_name`, `read_metadata`).
+RELEASE = "release"
 
 # Keys of a training checkpoint that hold no weights; left alone by name, and reported.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
@@ -51,7 +54,7 @@ class MegatronFolder:
 
 
 def find_iteration(path: Path) -> Path:
-    """The folder of one iteration: `path` itself, or the latest one of the run in `path`.
+    """The folder of one iteration: `path` itself, or the latest one of the run in `path`, which may be its release.
 
     Raises:
         CheckpointError: there is none.
@@ -66,7 +69,7 @@ def find_iteration(path: Path) -> Path:
         )
     if (path / METADATA).exists():
         return path
-    candidates = [path / f"iter_{_latest(path):07d}"] if (path / LATEST).exists() else sorted(path.glob("iter_*"))
+    candidates = [_latest(path)] if (path / LATEST).exists() else [path / RELEASE, *sorted(path.glob("iter_*"))]
     for folder in reversed(candidates):
         if (folder / METADATA).exists():
             return folder
@@ -79,17 +82,20 @@ def find_iteration(path: Path) -> Path:
     )
 
 
-def _latest(path: Path) -> int:
+def _latest(path: Path) -> Path:
+    """The folder that a run says is its latest."""
     text = (path / LATEST).read_text(encoding="utf-8").strip()
+    if text == RELEASE:
+        return path / RELEASE
     if not text.isdigit():
         raise CheckpointError(
             "the latest iteration is no number",
             where=path / LATEST,
-            expected="a number, as in iter_0000100",
+            expected=f"a number, as in iter_0000100, or the word {RELEASE}",
             got=repr(text),
             fix="give the folder of one iteration",
         )
-    return int(text)
+    return path / f"iter_{int(text):07d}"
 
 
 def open_megatron(

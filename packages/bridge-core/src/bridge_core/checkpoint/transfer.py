@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from itertools import product
 from math import inf, prod
 from operator import itemgetter
 from threading import Event
@@ -26,7 +25,7 @@ from bridge_core.checkpoint.files import OpenFiles, copy_run, write_all
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
-from bridge_core.geometry import Box, Piece, Shape, View, restrict, row_major, run_length, runs, whole
+from bridge_core.geometry import Piece, Shape, View, restrict, row_major, run_length, runs, slabs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -305,29 +304,15 @@ def blocks(job: Job) -> Iterator[tuple[int, int, list[tuple[Stored, Piece]]]]:
     """The target of a job in contiguous blocks of at most `STAGING` bytes: number of the first element, how many,
     and the pieces cut to match, with targets counted from the start of the block."""
     shape = job.target.shape
-    slabs = list(_slabs(shape, STAGING // dtype_of(job.target.dtype).itemsize))
-    if len(slabs) == 1:
+    boxes = list(slabs(shape, STAGING // dtype_of(job.target.dtype).itemsize))
+    if len(boxes) == 1:
         yield 0, prod(shape), list(job.parts)
         return
     at, strides = (0,) * len(shape), row_major(shape)
-    for box in slabs:
+    for box in boxes:
         cut = [
             (source, part)
             for source, piece in job.parts
             for part in restrict(piece, "target", shape, box, box.shape, at)
         ]
         yield sum(i * s for i, s in zip(box.start, strides, strict=True)), box.numel, cut
-
-
-def _slabs(shape: Shape, most: int) -> Iterator[Box]:
-    """A tensor as boxes of at most `most` elements (but at least one) whose elements follow one another, in order."""
-    if prod(shape) <= most:
-        yield whole(shape)
-        return
-    dim = next(dim for dim in range(len(shape)) if dim == len(shape) - 1 or prod(shape[dim + 1 :]) <= most)
-    inner = shape[dim + 1 :]
-    step = max(1, most // prod(inner))
-    for leading in product(*map(range, shape[:dim])):
-        for start in range(0, shape[dim], step):
-            extent = min(step, shape[dim] - start)
-            yield Box((*leading, start, *(0 for _ in inner)), (*(1 for _ in leading), extent, *inner))

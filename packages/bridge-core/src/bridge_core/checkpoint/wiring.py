@@ -191,7 +191,9 @@ class Wired:
                 found |= dict.fromkeys(names, dtype)
                 shifted += names if entry.shift and entry.dtype is None else ()
         others = {found[name] for name in found.keys() - set(shifted)}
-        return found | dict.fromkeys(shifted, others.pop()) if len(others) == 1 else found
+        if len(others) == 1:
+            found |= dict.fromkeys(shifted, others.pop())
+        return found | {name: found[copy.of] for name, copy in self.plan.copies.items()}
 
     def chunks(self, place: Place) -> list[DcpChunk]:
         """The chunks that hold parts of a place."""
@@ -271,7 +273,7 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> lis
                             parts[back.target.tensor].append((item, back))
                             if entry.shift:
                                 shifts[back.target.tensor] = -entry.shift
-    for name, copy in plan.written_copies.items():
+    for name, copy in plan.copies.items():
         parts[name] = parts[copy.of]  # the names in pieces are not looked at
     paths = {file.name: str(folder / file.name) for file in layout.files}
     return [

@@ -35,6 +35,7 @@ Threads = Annotated[int, "Copies in flight at a time, in each process."]
 IgnoreOption = Annotated[
     tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
 ]
+Rendezvous = Annotated[float, "Minutes to wait under torchrun until all processes are there."]
 Json = Annotated[bool, "Print the report as JSON."]
 Ignore = Annotated[
     tuple[str, ...], "HF names to leave out, as patterns of a shell (mtp.*, model.visual.*); the report names them."
@@ -51,6 +52,7 @@ class Import:
     overwrite: Overwrite = False
     durable: Durable = False
     threads: Threads = 2
+    rendezvous_minutes: Rendezvous = 10.0
     ignore: Ignore = ()
     ignore_option: IgnoreOption = ()
     json: Json = False
@@ -95,6 +97,7 @@ class Export:
     durable: Durable = False
     threads: Threads = 2
     ignore_option: IgnoreOption = ()
+    rendezvous_minutes: Rendezvous = 10.0
     json: Json = False
 
     def run(self) -> int:
@@ -125,7 +128,7 @@ Run = Callable[["Options", Callable[[int], None]], "Report"]
 def _convert(done: str, verb: Import | Export, convert: Run) -> int:
     from bridge_core.checkpoint.convert import Options
 
-    with _workers() as workers:
+    with _workers(verb.rendezvous_minutes) as workers:
         started = time.perf_counter()
         with bar(done.removesuffix("ed"), workers=workers.size, quiet=workers.rank > 0) as shown:
             options = Options(
@@ -144,12 +147,14 @@ def _convert(done: str, verb: Import | Export, convert: Run) -> int:
 
 
 @contextmanager
-def _workers() -> Iterator[Workers]:
+def _workers(rendezvous_minutes: float) -> Iterator[Workers]:
     """This process alone, or under torchrun all that it started."""
     from bridge_core.checkpoint.workers import Alone
     from bridge_core.runtime.workers import torchrun_workers, world_size
 
-    with torchrun_workers() if world_size() > 1 else nullcontext(Alone()) as workers:
+    with (
+        torchrun_workers(rendezvous_minutes=rendezvous_minutes) if world_size() > 1 else nullcontext(Alone()) as workers
+    ):
         yield workers
 
 

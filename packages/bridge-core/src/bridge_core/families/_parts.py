@@ -170,24 +170,30 @@ def read_rope(config: Config) -> Fields:
     return fields
 
 
-def read_mrope(config: Config) -> Fields:
+# transformers 5.23, models/qwen3_vl/modeling_qwen3_vl.py, `Qwen3VLTextRotaryEmbedding`.
+_MROPE_SECTION = [24, 20, 20]
+
+
+def read_mrope(config: Config, *, section: Sequence[int] = _MROPE_SECTION) -> Fields:
     """Rotary embedding over three positions (time, height, width), whose channels are interleaved.
+
+    `section` says how many channels each has where config.json does not.
 
     megatron-core 0.19 has the positions (`mrope_section`), not the interleaving; for text, all three are one.
     """
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = dict(config.get(name) or {})
-    section, interleaved = rope.pop("mrope_section", None), rope.pop("mrope_interleaved", False)
-    if section is None or not interleaved:
+    channels = list(rope.pop("mrope_section", section))
+    if not rope.pop("mrope_interleaved", True):
         raise ConfigError(
-            "the rotary embedding is not that of a multimodal model",
-            where=f"config.json: {name}",
-            expected="mrope_section, and mrope_interleaved=true",
-            got=f"mrope_section={section!r}, mrope_interleaved={interleaved!r}",
-            fix="compare config.json with that of a published model",
+            "the channels of the three positions are not interleaved",
+            where=f"config.json: {name}.mrope_interleaved",
+            expected=True,
+            got=False,
+            fix="teach families/_parts.py `read_mrope` to translate it",
         )
     plain = read_rope({**config, name: rope})
-    return plain | {"position_embedding_type": "mrope", "mrope_section": section, "mrope_interleaved": True}
+    return plain | {"position_embedding_type": "mrope", "mrope_section": channels, "mrope_interleaved": True}
 
 
 def write_mrope(fields: Fields) -> dict[str, Any]:

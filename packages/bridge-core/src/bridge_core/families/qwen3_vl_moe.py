@@ -12,6 +12,8 @@ from bridge_core.families._parts import (
     MOE,
     RMS_SWIGLU,
     ROPE_OPTIONS,
+    WINDOW_OPTIONS,
+    read_full_attention,
     read_mrope,
     under,
     write_mrope,
@@ -24,7 +26,7 @@ from bridge_core.families._vision import (
     vision_dims,
     vision_table,
 )
-from bridge_core.families.family import Family, Fields, Table
+from bridge_core.families.family import Config, Family, Fields, Table
 from bridge_core.rules import Either, Packed, Row, Transposed
 
 GATE_UP = Packed(f"{HF_LAYER}.mlp.experts.gate_up_proj", [["moe_ffn", "moe_ffn"]], "hidden")
@@ -43,6 +45,11 @@ def table(fields: Fields) -> Table:
         if name in language:
             language[name] = replace(rule, layers=language[name].layers)
     return {**under(language, "model.", "model.language_model."), **vision_table(fields)}
+
+
+def read_moe(config: Config) -> Fields:
+    """Which layers have experts."""
+    return qwen3_moe.read_moe({**config, "norm_topk_prob": True})
 
 
 def write_options(fields: Fields) -> dict[str, Any]:
@@ -64,11 +71,12 @@ FAMILY = Family(
     inside="text_config",
     sections={"": MULTIMODAL, "vision_config": VISION},
     fields=(*TEXT_FIELDS, *qwen3_moe.EXPERT_FIELDS),
-    fixed={"hidden_act": "silu", "attention_bias": False},
-    megatron={**RMS_SWIGLU, **MOE, "add_qkv_bias": False, "qk_layernorm": True},
-    reads=(read_mrope, qwen3_moe.read_moe),
+    # Its router always divides by the sum of the chosen (transformers 5.23, `Qwen3VLMoeTextTopKRouter`).
+    fixed={"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True},
+    megatron={**RMS_SWIGLU, "position_embedding_type": "mrope", **MOE, "add_qkv_bias": False, "qk_layernorm": True},
+    reads=(read_mrope, read_full_attention, read_moe),
     writes=(write_mrope, write_options),
-    handled=ROPE_OPTIONS | qwen3_moe.EXPERT_OPTIONS | {"tie_word_embeddings"},
+    handled=ROPE_OPTIONS | WINDOW_OPTIONS | qwen3_moe.EXPERT_OPTIONS | {"tie_word_embeddings"},
     table=table,
     dims=vision_dims,
     copies=tied_language_head,

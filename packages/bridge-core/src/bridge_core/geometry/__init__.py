@@ -17,6 +17,7 @@ from bridge_core.geometry.pieces import (
     row_major,
     run_length,
     runs,
+    slabs,
     whole,
 )
 from bridge_core.geometry.tiling import box_of, box_tiling_error, tiling_error
@@ -37,6 +38,7 @@ __all__ = [
     "row_major",
     "run_length",
     "runs",
+    "slabs",
     "tiling_error",
     "whole",
 ]

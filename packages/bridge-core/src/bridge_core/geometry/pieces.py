@@ -245,3 +245,17 @@ def in_source_order(piece: Piece) -> Piece:
     axes.sort(key=lambda axis: -axis[1])
     shape, source, target = (tuple(axis[which] for axis in axes) for which in range(3))
     return Piece(shape, piece.source._replace(strides=source), piece.target._replace(strides=target))
+
+
+def slabs(shape: Shape, most: int) -> Iterator[Box]:
+    """A tensor as boxes of at most `most` elements (but at least one) whose elements follow one another, in order."""
+    if prod(shape) <= most:
+        yield whole(shape)
+        return
+    dim = next(dim for dim in range(len(shape)) if dim == len(shape) - 1 or prod(shape[dim + 1 :]) <= most)
+    inner = shape[dim + 1 :]
+    step = max(1, most // prod(inner))
+    for leading in product(*map(range, shape[:dim])):
+        for start in range(0, shape[dim], step):
+            extent = min(step, shape[dim] - start)
+            yield Box((*leading, start, *(0 for _ in inner)), (*(1 for _ in leading), extent, *inner))

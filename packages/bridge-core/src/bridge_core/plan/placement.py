@@ -88,6 +88,6 @@ def _check_heads(name: str, heads: int, sizes: str, ranks: int) -> None:
             "attention heads do not divide over the tensor-parallel ranks",
             where=name,
             expected=f"a multiple of {sizes}={ranks}",
-            got=heads,
+            got=f"{heads} heads",
             fix=f"choose a {sizes} that divides {heads}",
         )

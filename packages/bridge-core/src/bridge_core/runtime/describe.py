@@ -177,7 +177,7 @@ def m2n_entries(live: LiveModel) -> list[M2NEntry]:
     """
     held: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in live.shards:
-        if not is_second_copy(live, shard):
+        if not is_second_copy(live.plan, live.rank, shard):
             for piece in shard.pieces:
                 held.setdefault(piece.source.tensor, []).append((shard, piece))
     holders = _Holders(live)

@@ -175,7 +175,7 @@ def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, 
     for entry in entries:
         dtype = main if entry.dtype is None else _one(by_entry[entry.name], entry.name, held)
         dtypes |= {name: dtype for name, _ in entry.hf_names()}
-    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.written_copies.items()}
+    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.copies.items()}
 
 
 def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:
@@ -195,24 +195,29 @@ def replica_of(live: LiveModel, shard: Shard) -> int:
 
     A later stage's copy of the embedding comes after all those of the first stage.
     """
-    layout, coords = live.plan.layout, live.plan.layout.coords(live.rank)
-    entry = live.plan.entry(shard.entry)
+    number, copies = copy_of(live.plan, live.rank, shard)
+    return number + (copies if is_second_copy(live.plan, live.rank, shard) else 0)
+
+
+def copy_of(plan: Plan, rank: int, shard: Shard) -> tuple[int, int]:
+    """The number of a rank's copy of a shard among those on its pipeline stage, and how many there are."""
+    layout, coords = plan.layout, plan.layout.coords(rank)
+    entry = plan.entry(shard.entry)
     if entry.is_expert:
         number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
     else:
         number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
         axis, size = coords.tp, layout.tp
-    if entry.split is None:
+    if entry.split is None:  # every tensor-parallel rank holds all of it
         number, copies = number * size + axis, copies * size
-    return number + (copies if is_second_copy(live, shard) else 0)
+    return number, copies
 
 
-def is_second_copy(live: LiveModel, shard: Shard) -> bool:
+def is_second_copy(plan: Plan, rank: int, shard: Shard) -> bool:
     """Whether it is a later stage's copy of the embedding: for a tied output layer, or for MTP."""
     if shard.name != EMBEDDING:
         return False
-    pp = live.plan.layout.coords(live.rank).pp
-    return not live.plan.placement.stage(pp, shard.chunk).pre_process
+    return not plan.placement.stage(plan.layout.coords(rank).pp, shard.chunk).pre_process
 
 
 def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[ParallelLayout, int]:

@@ -83,17 +83,13 @@ def load_hf_weights(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    workers = TorchWorkers(group or default_group())
+    group = group or default_group()
+    workers = TorchWorkers(group)
     opened: list[tuple[LiveModel, HfFolder, tuple[str, ...]]] = []
 
     def check() -> None:
-        if one_reader_per_node and node_group is None:
-            raise ConfigError(
-                "one reader per node was asked for, without saying which ranks are a node",
-                where="node_group",
-                expected="a process group of the ranks of this node",
-                got="None",
-            )
+        if one_reader_per_node:
+            _check_node(node_group)
         folder = open_hf(path)
         live = open_live(
             model,
@@ -108,16 +104,15 @@ def load_hf_weights(
 
     workers.together(check)
     live, folder, ignored = opened[0]
-    left = _left(live, allowed_mismatched, workers, group or default_group()) if allowed_mismatched else ()
+    left = _left(live, allowed_mismatched, workers, group) if allowed_mismatched else ()
     done: list[NodeTally] = []
 
     def fill() -> None:
         check_copies(live.plan, folder, rank=workers.rank, size=workers.size)
         if one_reader_per_node:
             done.append(fill_from_node(live, folder, node_group, bucket_bytes))
-            return
-        _fill(live, folder, threads)
-        done.append(NodeTally(_own_bytes(live, folder), 0))
+        else:
+            done.append(_fill(live, folder, threads))
 
     workers.together(fill)
     return LoadReport(
@@ -127,6 +122,16 @@ def load_hf_weights(
         left=left,
         broadcasts=done[0].broadcasts,
     )
+
+
+def _check_node(node_group: Any) -> None:
+    if node_group is None:
+        raise ConfigError(
+            "one reader per node was asked for, without saying which ranks are a node",
+            where="node_group",
+            expected="a process group of the ranks of this node",
+            got="None",
+        )
 
 
 def _own_bytes(live: LiveModel, folder: HfFolder) -> int:
@@ -176,7 +181,8 @@ def default_group() -> Any:
     return dist.group.WORLD
 
 
-def _fill(live: LiveModel, folder: HfFolder, threads: int) -> None:
+def _fill(live: LiveModel, folder: HfFolder, threads: int) -> NodeTally:
+    """Fill all parameters with what this rank reads itself."""
     stop = Event()
     with ExitStack() as stack:
         files = OpenFiles(stack)
@@ -184,6 +190,7 @@ def _fill(live: LiveModel, folder: HfFolder, threads: int) -> None:
         tasks = [lambda part=part: _fill_some(live, part, folder, files, stop) for part in parts if part]
         if tasks:  # a pipeline stage may hold nothing at all
             in_threads(tasks, stop)
+    return NodeTally(_own_bytes(live, folder), 0)
 
 
 def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files: OpenFiles, stop: Event) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, find_iteration
@@ -25,8 +25,11 @@ from bridge_core.errors import CheckpointError, LayoutError
 from bridge_core.families import Family, Fields
 from bridge_core.runtime.live import LiveModel, open_live, unwrap
 from bridge_core.runtime.load import default_group
+from bridge_core.runtime.own_world import OwnWorld
 from bridge_core.runtime.tensors import dtype_name
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.workers import LostWorkerError, TorchWorkers
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -77,29 +80,25 @@ def save_megatron_model(
     workers = TorchWorkers(group or default_group())
     run = Path(path)
     output = run / f"iter_{iteration:07d}"
-    opened: list[LiveModel] = []
 
-    def check() -> None:
-        _check_world(workers)
+    def check() -> LiveModel:
         check_free(output, overwrite=overwrite)
-        opened.append(open_live(model, family, fields, groups=groups, ignore=ignore))
+        return open_live(model, family, fields, groups=groups, ignore=ignore)
 
-    workers.together(check)
-    live = opened[0]
+    live = _checked(workers, check)
     dtype = _main_dtype(live)
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
-
-    def fill(folder: Path, rank: int, size: int) -> None:
-        from megatron.core import dist_checkpointing
-
-        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
-        _in_our_words(lambda: dist_checkpointing.save(state, str(folder)), where=output)
 
     def finish(folder: Path) -> None:
         text = write_run_config(fields, family, hf_config, dtype, ignore=ignore)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
 
-    write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
+    with OwnWorld() as world:
+
+        def fill(folder: Path, rank: int, size: int) -> None:
+            world.step(lambda: _save(model, folder, iteration, groups, where=output))
+
+        write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
     workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
     return MegatronReport(folder=output, iteration=iteration, parameters=len(live.shards))
 
@@ -130,31 +129,51 @@ def load_megatron_model(
         BridgeError: on every rank, with the message of the first one that failed.
     """
     workers = TorchWorkers(group or default_group())
-    opened: list[tuple[LiveModel, Path]] = []
 
-    def check() -> None:
-        _check_world(workers)
+    def check() -> tuple[LiveModel, Path]:
         live = open_live(model, family, fields, groups=groups, ignore=ignore)
         folder = find_iteration(Path(path))
         checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
         megatron_entries(export_plan(checkpoint, ignore=ignore), checkpoint)
-        opened.append((live, folder))
+        return live, folder
 
-    workers.together(check)
-    live, folder = opened[0]
-    found: dict[str, Any] = {}
+    live, folder = _checked(workers, check)
+    iterations: list[int] = []
+    with OwnWorld() as world:
+        workers.together(lambda: iterations.append(world.step(lambda: _load(model, folder, groups))))
+    return MegatronReport(folder=folder, iteration=iterations[0], parameters=len(live.shards))
 
-    def fill() -> None:
-        from megatron.core import dist_checkpointing
 
-        state = sharded_state(model, groups)
-        loaded: Any = _in_our_words(lambda: dist_checkpointing.load(state, str(folder)), where=folder)
+def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
+    """What `check` returns here, once it returned on all ranks. Collective."""
+    found: list[T] = []
+
+    def step() -> None:
+        _check_world(workers)
+        found.append(check())
+
+    workers.together(step)
+    return found[0]
+
+
+def _save(model: Any, folder: Path, iteration: int, groups: ProcessGroupCollection | None, *, where: Path) -> None:
+    """megatron-core's own save. Collective over torch's default group."""
+    from megatron.core import dist_checkpointing
+
+    with _in_our_words(where):
+        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
+        dist_checkpointing.save(state, str(folder))
+
+
+def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
+    """megatron-core's own load, into the parameters; the iteration. Collective over torch's default group."""
+    from megatron.core import dist_checkpointing
+
+    with _in_our_words(folder):
+        loaded: Any = dist_checkpointing.load(sharded_state(model, groups), str(folder))
         for name, chunk in _named_chunks(model).items():
             chunk.load_state_dict(loaded[name], strict=True)
-        found.update({"iteration": loaded.get("iteration")})
-
-    workers.together(fill)
-    return MegatronReport(folder=folder, iteration=int(found["iteration"] or 0), parameters=len(live.shards))
+    return int(loaded.get("iteration") or 0)
 
 
 def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> dict[str, Any]:
@@ -219,18 +238,36 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
         yield
 
 
-def _in_our_words(step: Callable[[], Any], *, where: Path) -> Any:
-    """Run a step of megatron-core's; its own errors become a CheckpointError."""
+@contextmanager
+def _in_our_words(where: Path) -> Iterator[None]:
+    """Errors of megatron-core and of torch's checkpoints that pass through become a CheckpointError.
+
+    Raises:
+        LostWorkerError: another rank failed, and torch says no more than that here.
+    """
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
 
     try:
-        return step()
+        yield
     except CheckpointingException as error:
         raise CheckpointError(
             "megatron-core refuses the checkpoint",
             where=where,
             got=str(error).strip(),
             fix="check that the checkpoint and the model belong together",
+        ) from error
+    except CheckpointException as error:  # no Exception: it would pass by everybody who waits for one
+        failures = [
+            f"rank {rank}: {type(wrapped[0]).__name__}: {wrapped[0]}" for rank, wrapped in error.failures.items()
+        ]
+        if not failures:
+            raise LostWorkerError("torch reports a failure on another rank") from error
+        raise CheckpointError(
+            "ranks failed inside of megatron-core's checkpoint",
+            where=where,
+            got="; ".join(failures),
+            fix="look at those ranks: their disk, their memory, the files they see",
         ) from error
 
 
