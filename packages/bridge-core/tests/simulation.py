@@ -74,6 +74,18 @@ LATENT = {key: value for key, value in BASE.items() if key not in ("head_dim", "
     "num_nextn_predict_layers": 0,
 }
 
+SHARED = MOE | {"num_experts": 8, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16}
+DELTA = BASE | {
+    "hidden_size": 16,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 2,
+    "linear_value_head_dim": 3,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+}
+SEEING = IMAGES | {"vision_config": VISION | {"out_hidden_size": 16, "deepstack_visual_indexes": []}}
+
 CONFIGS = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
     "llama-tied": BASE | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
@@ -91,6 +103,15 @@ CONFIGS = {
         "mlp_only_layers": [0, 2],
     },
     "mixtral": BASE | MOE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+    "qwen3_next": DELTA | SHARED | {"architectures": ["Qwen3NextForCausalLM"], "mlp_only_layers": [2]},
+    "qwen3_5_text": DELTA | {"architectures": ["Qwen3_5ForCausalLM"]},
+    "qwen3_5": SEEING
+    | {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": DELTA | {"mtp_num_hidden_layers": 1}},
+    "qwen3_5_moe": SEEING
+    | {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": DELTA | SHARED | {"mtp_num_hidden_layers": 1},
+    },
     "qwen3_vl": {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "text_config": TEXT,
@@ -123,7 +144,7 @@ def layouts(draw, config: dict):
     """Layouts that the configuration admits, uneven pipelines and all."""
     text = config.get("text_config", config)
     moe = "num_experts_per_tok" in text and "E" in config.get("hybrid_override_pattern", "E")
-    depths = config.get("num_nextn_predict_layers", 0)
+    depths = family_for(config).to_megatron(config).get("mtp_num_layers") or 0
     pp = draw(st.sampled_from([1, 2, 4]))
     options = {
         "tp": draw(st.sampled_from([1, 2, 4, 8])),

@@ -16,13 +16,6 @@ from bridge_core.families.family import CARRIED
 torch = pytest.importorskip("torch", reason="the oracle is transformers")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 
-# Families that are not there yet; their models are planned as soon as they are.
-AWAITED = {
-    "Qwen3NextForCausalLM",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-}
-
 # Published numbers of tensors, of elements and of bytes, where known; published/README.md says from where.
 TOTALS = {
     "deepseek-v3": (91_991, 684_531_386_000, None),
@@ -91,15 +84,6 @@ LAYOUTS = {
 }
 
 
-def _unless_awaited(name):
-    architecture = PUBLISHED[name]["architectures"][0]
-    awaited = pytest.mark.skipif(architecture in AWAITED, reason=f"the family of {architecture} is awaited")
-    return pytest.param(name, marks=awaited)
-
-
-PLANNED = [_unless_awaited(name) for name in PUBLISHED]
-
-
 # --- The oracle itself ------------------------------------------------------------------------------
 
 
@@ -137,13 +121,8 @@ def test_predicates_split_an_inventory():
 # --- Plans ------------------------------------------------------------------------------------------
 
 
-def test_awaited_families_are_not_there_yet():
-    here = AWAITED & set(AutoBridge.list_supported_models())
-    assert not here, f"{here}: take them from AWAITED, so that their published models are planned"
-
-
 @pytest.mark.parametrize("layout", [0, 1, 2], ids=["tp", "pp", "ep-or-cp"])
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_is_planned_tensor_by_tensor(name, layout):
     config = PUBLISHED[name]
     shapes = {key: shape for key, (shape, _) in inventory(config).items()}
@@ -153,7 +132,7 @@ def test_a_published_model_is_planned_tensor_by_tensor(name, layout):
     assert not found.ignored
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_comes_back(name):
     config = PUBLISHED[name]
     bridge = AutoBridge.from_hf_config(config)

@@ -55,15 +55,18 @@ class AutoBridge:
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
         self.codec = codec_of(self.config)
+        folder = self._weights() if self.family.unsaid_mtp else None
         self.fields: Fields = self.family.without(
-            self.family.to_megatron(self.config, ignore=ignore_options), self.ignore
+            self.family.to_megatron(self.config, ignore=ignore_options),
+            self.ignore,
+            folder.tensors if folder else None,
         )
 
     @classmethod
     def from_hf_pretrained(
         cls, path: str | Path, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()
     ) -> AutoBridge:
-        """A bridge for the model in an HF folder. Only config.json is read here.
+        """A bridge for the model in an HF folder. Only config.json is read here, and at need the names of tensors.
 
         Args:
             path: HF folder.
@@ -266,7 +269,11 @@ class AutoBridge:
     def _live(self, model: Any, groups: Any, codec: Fp8Blocks | None = None) -> LiveModel:
         from bridge_core.runtime.live import open_live
 
-        return open_live(model, self.family, self.fields, groups=groups, ignore=self.ignore, codec=codec)
+        folder = self._weights()
+        held = folder.shapes if folder else None  # names are those of the bridge's own folder
+        return open_live(
+            model, self.family, self.fields, groups=groups, inventory=held, ignore=self.ignore, codec=codec
+        )
 
     def _folder(self, path: str | Path | None) -> Path:
         if path is None and self.path is None:

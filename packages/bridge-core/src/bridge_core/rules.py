@@ -113,11 +113,11 @@ class Rule:
 
 
 def size(expression: Size, dims: Dims) -> int:
-    """The number that a size stands for: an int, the name of a dim, or a product such as `"heads*head_dim"`."""
+    """The number that a size stands for: an int, the name of a dim, or a product: `"heads*head_dim"`, `"2*hidden"`."""
     if isinstance(expression, int):
         return expression
     try:
-        return prod(dims[name] for name in expression.split("*"))
+        return prod(int(name) if name.isdecimal() else dims[name] for name in expression.split("*"))
     except KeyError as error:
         raise ConfigError(
             "a mapping table uses a size that the configuration does not give",

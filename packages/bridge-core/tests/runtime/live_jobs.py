@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 
@@ -15,26 +14,26 @@ def round_trip(
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import build, forward
+    from bridge_core.runtime.live import open_live
+    from bridge_core.testing.mcore_jobs import build, forward, global_state_for_mtp
 
-    with ExitStack() as stack:
-        stack.enter_context(host_backend())
-        bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
+    bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
+    with host_backend(), global_state_for_mtp(bridge.fields, layout):
         _, pg, chunks = build(bridge.fields, layout, spec=spec, vocab_divisible_by=16)
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(float("nan"))
-        reads = stack.enter_context(poisoned_parallel_state(frozenset()))
-        loaded = bridge.load_hf_weights(chunks)
-        saved = bridge.save_hf_pretrained(chunks, out)
-        stream = bridge.stream(chunks, bucket_bytes=bucket_bytes)
-        tensors = {name: tensor.clone() for name, tensor in stream}
-        collectives = stream.collectives
-        again = [name for name, _ in stream]
+        with poisoned_parallel_state(frozenset()) as reads:
+            loaded = bridge.load_hf_weights(chunks)
+            saved = bridge.save_hf_pretrained(chunks, out)
+            stream = bridge.stream(chunks, bucket_bytes=bucket_bytes)
+            tensors = {name: tensor.clone() for name, tensor in stream}
+            collectives = stream.collectives
+            again = [name for name, _ in stream]
         assert not reads, reads
-        stack.pop_all().close()
-    with host_backend(), torch.no_grad():
-        logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+        with torch.no_grad():
+            logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+    live = open_live(chunks, bridge.family, bridge.fields, ignore=ignore)
     return {
         "loaded": loaded,
         "saved": saved,
@@ -46,15 +45,9 @@ def round_trip(
         "buckets": len(stream._buckets),
         "logits": logits,
         "tp": pg.tp.rank(),
-        "held": sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters()),
-        "padding": sum(box.numel * 4 for shard in bridge_shards(bridge, chunks) for box in shard.pad),
+        "held": sum(tensor.numel() * tensor.element_size() for tensor in live.tensors.values()),
+        "padding": sum(box.numel * 4 for shard in live.shards for box in shard.pad),
     }
-
-
-def bridge_shards(bridge, chunks):
-    from bridge_core.runtime.live import open_live
-
-    return open_live(chunks, bridge.family, bridge.fields, ignore=bridge.ignore).shards
 
 
 def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) -> str:
@@ -72,6 +65,20 @@ def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) ->
         except BridgeError as error:
             after = [parameter for chunk in chunks for parameter in chunk.parameters()]
             assert all((a == b).all() for a, b in zip(before, after, strict=True)), "bytes were copied"
+            return str(error)
+    return "no error"
+
+
+def build_without_global_state(path: str, spec: str) -> str:
+    """Build a model with prediction layers; the error's text."""
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    with host_backend():
+        try:
+            build(AutoBridge.from_hf_pretrained(path).fields, {}, spec=spec)
+        except BridgeError as error:
             return str(error)
     return "no error"
 

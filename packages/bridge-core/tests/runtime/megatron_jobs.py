@@ -9,7 +9,7 @@ from typing import Any
 def _opened(bridge, chunks):
     from bridge_core.runtime.live import open_live
 
-    return open_live(chunks, bridge.family, bridge.fields)
+    return open_live(chunks, bridge.family, bridge.fields, ignore=bridge.ignore)
 
 
 def _build(bridge, layout: dict[str, Any]):
@@ -22,15 +22,16 @@ def _build(bridge, layout: dict[str, Any]):
     return chunks
 
 
-def save(path: str, layout: dict[str, Any], out: str, **options: Any):
+def save(path: str, layout: dict[str, Any], out: str, *, ignore: tuple[str, ...] = (), **options: Any):
     """Load HF weights, save a Megatron checkpoint; the report."""
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import global_state_for_mtp
 
-    bridge = AutoBridge.from_hf_pretrained(path)
-    with host_backend():
+    bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
+    with host_backend(), global_state_for_mtp(bridge.fields, layout):
         chunks = _build(bridge, layout)
         with poisoned_parallel_state(frozenset()) as reads:
             bridge.load_hf_weights(chunks)
@@ -39,16 +40,17 @@ def save(path: str, layout: dict[str, Any], out: str, **options: Any):
     return report
 
 
-def load(path: str, layout: dict[str, Any], folder: str):
+def load(path: str, layout: dict[str, Any], folder: str, *, ignore: tuple[str, ...] = ()):
     """Load a Megatron checkpoint and, into a second model, the HF weights: parameters must be equal."""
     import torch
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import global_state_for_mtp
 
-    bridge = AutoBridge.from_hf_pretrained(path)
-    with host_backend():
+    bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
+    with host_backend(), global_state_for_mtp(bridge.fields, layout):
         chunks, others = _build(bridge, layout), _build(bridge, layout)
         with poisoned_parallel_state(frozenset()) as reads:
             report = bridge.load_megatron_model(chunks, folder)

@@ -234,7 +234,7 @@ def _plan_import(
     source = open_hf(hf_path)
     output = _free_place(megatron_path, [source.path], options)
     family = family_for(source.config)
-    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore)
+    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
     stored = {name: tensor.dtype for name, tensor in source.tensors.items()}
     plan = Plan(
         family,

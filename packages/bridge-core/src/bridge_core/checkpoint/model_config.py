@@ -28,13 +28,14 @@ _GEOMETRY = (
     *("add_qkv_bias", "qk_layernorm", "multi_latent_attention"),
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("hybrid_layer_pattern", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"),
-    "moe_latent_size",
+    *("moe_latent_size", "linear_num_key_heads", "linear_num_value_heads"),
+    *("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"),
 )
 # Constants of a family that say how a model is trained, not what it computes.
 _TRAINING = frozenset({
     "hidden_dropout", "attention_dropout", "moe_grouped_gemm", "moe_router_load_balancing_type", "moe_router_dtype",
 })  # fmt: skip
-# Fields of TransformerConfig that change what weights mean, and that no family of this package translates yet.
+# Fields of TransformerConfig that change what weights mean, as they are where a family says nothing of them.
 _DEFAULTS: Mapping[str, Any] = {
     "layernorm_zero_centered_gamma": False,
     "multi_latent_attention": False,
@@ -43,6 +44,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "mtp_num_layers": None,
     "moe_shared_expert_intermediate_size": None,
     "moe_latent_size": None,
+    "moe_shared_expert_gate": False,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
 }
 _PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that the model came from"
 
@@ -115,6 +119,8 @@ def _from_given(said: _Said | None, hf_config: Mapping[str, Any], ignore_options
         _check_meaning(family, said.fields, said.where)
         _compare(said.fields, None, given, family, where=said.where, names=_GEOMETRY)
         _check_vocabulary(said, given)
+        if family.unsaid_mtp and "mtp_num_layers" in said.fields:
+            given = given | {"mtp_num_layers": said.fields["mtp_num_layers"]}
     return ModelConfig(given, family, dict(hf_config))
 
 
@@ -239,6 +245,8 @@ def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
     expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected and k not in translated}
     if not fields.get("num_moe_experts"):
         expected = {k: v for k, v in expected.items() if not k.startswith("moe_router_")}
+    if any(name.startswith("mtp.") for name in family.table(fields)) or not fields.get("mtp_num_layers"):
+        expected.pop("mtp_num_layers", None)  # the table has rows for them, or there are none
     wrong = {k: v for k, v in expected.items() if fields.get(k) is not None and fields[k] != v and (fields[k] or v)}
     if wrong:
         raise ConfigError(

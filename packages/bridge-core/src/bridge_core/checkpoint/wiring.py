@@ -45,6 +45,7 @@ from bridge_core.patterns import fill
 from bridge_core.plan import Entry, Plan, compile_entries
 
 FLOATING = ("F64", "F32", "F16", "BF16")
+NARROW = ("F16", "BF16")
 
 
 def cast_to(stored: str, wanted: str | None) -> str:
@@ -85,7 +86,10 @@ def lay_out_megatron(
 
 
 def _one_dtype(entry: Entry, layer: int, expert: int, source: HfFolder, wanted: str | None) -> str:
-    """The dtype of a Megatron tensor: that of all its HF tensors, or the one wanted."""
+    """The dtype of a Megatron tensor: that of all its HF tensors, or the one wanted.
+
+    Shifted values are stored in float32: in a narrower dtype most of them would not come back as they were.
+    """
     dtypes: dict[str, str] = {}
     for tensor in entry.hf:
         name = fill(tensor.name, layer, expert)
@@ -94,7 +98,8 @@ def _one_dtype(entry: Entry, layer: int, expert: int, source: HfFolder, wanted: 
     if len(set(dtypes.values())) > 1:
         first, *others = dtypes.items()
         raise _mixed(next(name for name, found in others if found != first[1]), first[1], dtypes)
-    return next(iter(dtypes.values()))
+    found = next(iter(dtypes.values()))
+    return "F32" if entry.shift and found in NARROW else found
 
 
 def _mixed(where: str, expected: object, got: object) -> CheckpointError:
@@ -163,8 +168,12 @@ class Wired:
     _by_index: dict[str, dict[Shape, list[DcpChunk]]] = field(default_factory=dict, repr=False)
 
     def hf_dtypes(self, wanted: str | None) -> dict[str, str]:
-        """Dtype of every HF tensor, from the Megatron tensor it comes from or as asked for."""
+        """Dtype of every HF tensor, from the Megatron tensor it comes from or as asked for.
+
+        A shifted one is wider here than in HF (`lay_out_megatron`), where it has the dtype of all others.
+        """
         found: dict[str, str] = {}
+        shifted: list[str] = []
         for entry in self.plan.entries:
             for layer, expert in entry.instances():
                 keys = [place.key for place in places(entry, self.forms[entry.block], layer, expert)]
@@ -178,8 +187,12 @@ class Wired:
                         fix="choose one with --dtype (dtype=...)",
                     )
                 (dtype,) = dtypes
-                for tensor in entry.hf:
-                    found[fill(tensor.name, layer, expert)] = dtype
+                names = [fill(tensor.name, layer, expert) for tensor in entry.hf]
+                found |= dict.fromkeys(names, dtype)
+                shifted += names if entry.shift and entry.dtype is None else ()
+        others = {found[name] for name in found.keys() - set(shifted)}
+        if len(others) == 1:
+            found |= dict.fromkeys(shifted, others.pop())
         return found | {name: found[copy.of] for name, copy in self.plan.copies.items()}
 
     def chunks(self, place: Place) -> list[DcpChunk]:

@@ -119,7 +119,7 @@ VISION_FIELDS = (
     Field("num_position_embeddings", "vision_num_positions"),
 )
 VISION = Section(
-    fields=(*VISION_FIELDS, Field("deepstack_visual_indexes", "vision_deepstack_layers", ())),
+    fields=(*VISION_FIELDS, Field("deepstack_visual_indexes", "vision_deepstack_layers", lambda config: [])),
     fixed={"hidden_act": "gelu_pytorch_tanh"},
     reads=(read_axial_rope,),
     handled=frozenset({"rope_parameters"}),

@@ -8,14 +8,14 @@ A family file fills in one `Family`. Its configuration is translated to and from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, preview
-from bridge_core.patterns import alternatives
+from bridge_core.patterns import alternatives, fill
 from bridge_core.rules import Rule
 
 Config = Mapping[str, Any]
@@ -142,6 +142,7 @@ class Family(Section):
         quantised: patterns (as in a shell) of the HF names that the family's fp8 checkpoints quantise; none if
             it is not published so.
         ignored: HF tensors that are no weights: name pattern to the reason.
+        unsaid_mtp: config.json does not say whether there are prediction layers; a checkpoint's names do.
         recognises: whether a model with the given Megatron fields is of this family; used to export
             a checkpoint that says nothing of its HF origin.
     """
@@ -158,6 +159,7 @@ class Family(Section):
     copies: Callable[[Fields], Mapping[str, Copy]] = lambda fields: {}
     quantised: Sequence[str] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
+    unsaid_mtp: bool = False
 
     @property
     def parts(self) -> dict[str, Section]:
@@ -204,17 +206,20 @@ class Family(Section):
                 part.update(write(fields))
         return config
 
-    def without(self, fields: Fields, ignore: Sequence[str]) -> Fields:
-        """The fields of a model of which the HF names that match `ignore` are left out: without MTP, if that is.
+    def without(self, fields: Fields, ignore: Sequence[str], names: Collection[str] | None = None) -> Fields:
+        """The fields of a model of which some HF names are left out, or are not there: without MTP, if that is.
 
         Args:
             fields: Megatron fields.
-            ignore: patterns (as in a shell) of HF names.
+            ignore: patterns (as in a shell) of HF names to leave out.
+            names: HF names that a checkpoint has, or None where they are not known. They count only where config.json
+                says nothing of MTP: a checkpoint that lacks what its configuration announces is refused later.
         """
         rows = [rule.hf for name, rule in self.table(fields).items() if name.startswith("mtp.")]
-        names = [name for row in rows for name in alternatives(row)]
-        gone = names and all(any(fnmatchcase(name, pattern) for pattern in ignore) for name in names)
-        return fields | {"mtp_num_layers": None} if gone else fields
+        mtp = [name for row in rows for name in alternatives(row)]
+        left_out = all(any(fnmatchcase(name, pattern) for pattern in ignore) for name in mtp)
+        absent = self.unsaid_mtp and names is not None and not any(fill(name, 0) in names for name in mtp)
+        return fields | {"mtp_num_layers": None} if mtp and (left_out or absent) else fields
 
     def consistent(self, config: Config, fields: Fields) -> dict[str, Any]:
         """An HF configuration with the options changed that do not say what `fields` do."""

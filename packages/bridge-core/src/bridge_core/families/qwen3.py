@@ -27,7 +27,7 @@ def table(fields: Fields) -> Table:
 
 def recognises(fields: Fields) -> bool:
     """A dense decoder with norms on q and k."""
-    others = ("num_moe_experts", "add_qkv_bias", "vision_num_layers")
+    others = ("num_moe_experts", "add_qkv_bias", "vision_num_layers", "experimental_attention_variant")
     return bool(fields.get("qk_layernorm")) and not any(fields.get(name) for name in others)
 
 

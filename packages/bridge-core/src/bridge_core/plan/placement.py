@@ -70,10 +70,13 @@ def check_layout(fields: Fields, layout: ParallelLayout) -> None:
     The rules are those of megatron-core 0.19 (transformer/transformer_config.py `__post_init__`,
     transformer/attention.py): heads are a multiple of tp; query groups divide tp or are a multiple of it.
     """
-    _check_heads("num_attention_heads", fields["num_attention_heads"], layout.tp)
-    for name in ("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads", "mamba_num_groups"):
+    _check_heads("num_attention_heads", fields["num_attention_heads"], "tp", layout.tp)
+    for name in ("mamba_num_heads", "mamba_num_groups"):
         if fields.get(name):
-            _check_heads(name, fields[name], layout.tp)
+            _check_heads(name, fields[name], "tp", layout.tp)
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):
+        if fields.get(name):  # context parallelism divides the heads of gated delta nets as well
+            _check_heads(name, fields[name], "tp*cp", layout.tp * layout.cp)
     groups, tp = fields["num_query_groups"], layout.tp
     if groups % tp and tp % groups:
         raise LayoutError(
@@ -96,12 +99,12 @@ def check_layout(fields: Fields, layout: ParallelLayout) -> None:
         expert_range(experts, ep=layout.ep, ep_rank=0)
 
 
-def _check_heads(name: str, heads: int, tp: int) -> None:
-    if heads % tp:
+def _check_heads(name: str, heads: int, sizes: str, ranks: int) -> None:
+    if heads % ranks:
         raise LayoutError(
             "attention heads do not divide over the tensor-parallel ranks",
             where=name,
-            expected=f"a multiple of tp={tp}",
+            expected=f"a multiple of {sizes}={ranks}",
             got=f"{heads} heads",
-            fix=f"choose a tp that divides {heads}",
+            fix=f"choose a {sizes} that divides {heads}",
         )

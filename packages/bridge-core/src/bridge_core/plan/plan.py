@@ -21,6 +21,7 @@ from bridge_core.geometry import Box, Piece, Shape, restrict, whole
 from bridge_core.patterns import at_layer, fill
 from bridge_core.plan.audit import Audit, audit
 from bridge_core.plan.entries import Entry, compile_entries
+from bridge_core.plan.manifest import to_dict
 from bridge_core.plan.placement import (
     DECODER_LAYERS,
     EMBEDDING,
@@ -351,11 +352,7 @@ class Plan:
 
     def to_dict(self, rank: int | None = None) -> dict[str, Any]:
         """The plan as JSON values: entries with open holes, or the expanded pieces of one rank."""
-        head = {"family": self.family.name, "layout": self.layout.to_dict(), "dtype": self.dtype}
-        if rank is not None:
-            return head | {"rank": rank, "shards": [_shard_dict(s) for s in self.iter_local_shards(rank)]}
-        ranks = [cost._asdict() | {"coords": _coords_dict(cost.coords)} for cost in self.costs()]
-        return head | {"megatron": self.fields, "entries": [_entry_dict(e) for e in self.entries], "ranks": ranks}
+        return to_dict(self, rank)
 
     def to_json(self, rank: int | None = None, *, indent: int | None = None) -> str:
         """`to_dict` as text; a refit manifest when a rank is given."""
@@ -393,27 +390,3 @@ def _local_padding(entry: Entry, blocks: tuple[tuple[Box, Shape], ...]) -> tuple
         if rows > 0:
             found.append(Box((begin - box.start[0] + at[0], *at[1:]), (rows, *box.shape[1:])))
     return tuple(found)
-
-
-def _piece_dict(piece: Piece) -> dict[str, Any]:
-    return {"shape": piece.shape, "source": piece.source._asdict(), "target": piece.target._asdict()}
-
-
-def _shard_dict(shard: Shard) -> dict[str, Any]:
-    return shard._asdict() | {"pieces": [_piece_dict(p) for p in shard.pieces], "pad": list(shard.pad)}
-
-
-def _coords_dict(coords: RankCoords) -> dict[str, int]:
-    return {name: getattr(coords, name) for name in ("tp", "cp", "dp", "pp", "etp", "ep", "expert_dp")}
-
-
-def _entry_dict(entry: Entry) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "shape": entry.shape,
-        "hf": [tensor._asdict() for tensor in entry.hf],
-        "pieces": [_piece_dict(piece) for piece in entry.pieces],
-        "split": entry.split._asdict() if entry.split else None,
-        "layers": entry.layers,
-        "experts": entry.experts,
-    }

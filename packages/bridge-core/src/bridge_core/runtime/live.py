@@ -14,7 +14,7 @@ from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
-from bridge_core.plan.placement import EMBEDDING
+from bridge_core.plan.placement import EMBEDDING, OUTPUT
 from bridge_core.runtime.tensors import dtype_name
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
@@ -147,7 +147,10 @@ _WEIGHT_BUFFERS = (".router.expert_bias",)
 
 def _stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a chunk, and the buffers that are weights as well."""
-    yield from chunk.named_parameters()
+    # A tied output layer beside prediction layers: megatron-core 0.19 makes a weight for it that it never uses, as the
+    # embedding is there too (models/common/language_module/language_module.py, `shared_embedding_or_output_weight`).
+    unused = chunk.share_embeddings_and_output_weights and getattr(chunk, "mtp_process", False)
+    yield from ((name, value) for name, value in chunk.named_parameters() if not (unused and name == OUTPUT))
     for name, buffer in chunk.named_buffers():
         if name.endswith(_WEIGHT_BUFFERS):
             yield name, buffer

@@ -90,7 +90,7 @@ def save_megatron_model(
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
 
     def finish(folder: Path) -> None:
-        text = write_run_config(fields, family, hf_config, dtype)
+        text = write_run_config(fields, family, hf_config, dtype, ignore=ignore)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
 
     with OwnWorld() as world:
@@ -134,7 +134,7 @@ def load_megatron_model(
         live = open_live(model, family, fields, groups=groups, ignore=ignore)
         folder = find_iteration(Path(path))
         checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
-        megatron_entries(export_plan(checkpoint), checkpoint)
+        megatron_entries(export_plan(checkpoint, ignore=ignore), checkpoint)
         return live, folder
 
     live, folder = _checked(workers, check)
@@ -211,11 +211,12 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
     """Let the last stage's copy of a tied embedding be described by `groups` instead of global state.
 
     mcore asks `parallel_state.get_data_parallel_rank` for it, in every version so far (0.16.1 and 0.19.2,
-    models/common/language_module/language_module.py, `tie_embeddings_and_output_weights_state_dict`). The
+    models/common/language_module/language_module.py, `tie_embeddings_and_output_weights_state_dict`). Beside
+    prediction layers, which have a copy of their own, it asserts that there is none, although it made one. The
     method is shadowed on this one instance, for the time of the call.
     """
     own_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
-    if not own_copy or getattr(chunk, "mtp_process", False):
+    if not own_copy:
         yield
         return
     from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -223,7 +224,7 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
     def tie(state: dict[str, Any], output_key: str, embedding_key: str, *rest: Any, **options: Any) -> None:
         # Stage 1 of the replica number: a copy of what the first stage saves, and never the one that is written.
         state[output_key] = make_tp_sharded_tensor_for_checkpoint(
-            tensor=chunk.shared_embedding_or_output_weight(),
+            tensor=chunk.output_layer.weight,
             key=embedding_key,
             replica_id=(1, 0, groups.dp_cp.rank()),
             allow_shape_mismatch=True,

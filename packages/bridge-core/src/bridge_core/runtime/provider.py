@@ -6,14 +6,14 @@ A `Provider` is a bag of settings that a trainer may change until `finalize`: ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError
 from bridge_core.extras import require
 from bridge_core.families import Fields
+from bridge_core.runtime.layer_specs import Spec, block_spec, mtp_spec, placed_by
 from bridge_core.runtime.provider_hybrid import PIPELINE_OPTIONS, hybrid_chunk, pattern_with_pipeline
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, with_pipeline
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-Spec = Literal["te", "local", "host"]
-
 # What GPTModel takes beside its configuration (megatron-core 0.19, models/gpt/gpt_model.py `__init__`).
 _MODEL_ARGUMENTS = (
     "position_embedding_type",
@@ -35,6 +33,11 @@ _MODEL_ARGUMENTS = (
     "rope_scaling_factor",
     "seq_len_interpolation_factor",
     "share_embeddings_and_output_weights",
+)
+# Fields that choose other modules than a plain decoder's, and that not every version has.
+_VARIANTS = (
+    *("experimental_attention_variant", "linear_attention_freq", "attention_output_gate"),
+    *("moe_shared_expert_gate", "layernorm_zero_centered_gamma", "mtp_num_layers"),
 )
 # And HybridModel (models/hybrid/hybrid_model.py), or its layers.
 _HYBRID_ARGUMENTS = ("hybrid_layer_pattern", "mamba_chunk_size")
@@ -67,6 +70,7 @@ class Provider:
         object.__setattr__(self, "_settings", {"make_vocab_size_divisible_by": 1})
         object.__setattr__(self, "_final", False)
         object.__setattr__(self, "spec", spec or default_spec())
+        _check_version(fields, known)
         self.apply_overrides({name: value for name, value in fields.items() if name in known})
         if fields.get("mrope_interleaved"):
             # mcore's GPTModel does not interleave; for text, whose three positions are one, this is the same.
@@ -228,8 +232,8 @@ class Provider:
         pp, rank, vpp = groups.pp.size(), groups.pp.rank(), self.layout.vpp
         vp_stage = stage if vpp > 1 else None
         arguments = {name: self._settings[name] for name in _MODEL_ARGUMENTS if self._settings.get(name) is not None}
-        block = _block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage)
-        with _placed_by(groups, vpp):
+        block = block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage)
+        with placed_by(groups, vpp):
             return GPTModel(
                 config,
                 block,
@@ -240,9 +244,22 @@ class Provider:
                 parallel_output=True,
                 pg_collection=groups,
                 vp_stage=vp_stage,
-                mtp_block_spec=_mtp_spec(self.spec, config, block, pp_rank=rank, vp_stage=vp_stage),
+                mtp_block_spec=mtp_spec(self.spec, config, block, pp_rank=rank, vp_stage=vp_stage),
                 **arguments,
             )
+
+
+def _check_version(fields: Fields, known: set[str]) -> None:
+    """Raise if the installed megatron-core does not know a field that changes what the model computes."""
+    lacking = [name for name in _VARIANTS if fields.get(name) and name not in known]
+    if lacking:
+        raise ConfigError(
+            "the installed megatron-core cannot build this model",
+            where=", ".join(lacking),
+            expected="fields of its TransformerConfig, as in megatron-core 0.19",
+            got="a version without them",
+            fix="install a newer megatron-core; converting checkpoints does without it",
+        )
 
 
 def default_spec() -> Spec:
@@ -264,69 +281,3 @@ def _activation(name: Any) -> Any:
 
     functional = torch.nn.functional
     return {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}[name]
-
-
-def _block_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_stage: int | None) -> Any:
-    """The layer specs of one chunk, from the builder that fits."""
-    if spec == "host":
-        from bridge_core.runtime.host import host_block_spec
-
-        return host_block_spec(config, pp_rank=pp_rank, vp_stage=vp_stage)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    from bridge_core.runtime.latent import without_query_norm
-
-    block = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=spec == "te",
-        normalization=config.normalization,
-        vp_stage=vp_stage,
-        pp_rank=pp_rank,
-    )
-    if spec == "te":  # the local spec has standalone norms
-        for layer in block.layer_specs:
-            without_query_norm(layer, config)
-    return block
-
-
-def _mtp_spec(spec: Spec, config: TransformerConfig, block: Any, *, pp_rank: int, vp_stage: int | None) -> Any:
-    """The prediction layers of one chunk; None where there are none. Call inside `_placed_by`."""
-    if not config.mtp_num_layers:
-        return None
-    if spec == "host":
-        from bridge_core.runtime.host import host_mtp_block_spec
-
-        return host_mtp_block_spec(config, block, pp_rank=pp_rank, vp_stage=vp_stage)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-
-    return get_gpt_mtp_block_spec(
-        config, block, use_transformer_engine=spec == "te", vp_stage=vp_stage, pp_rank=pp_rank
-    )
-
-
-@contextmanager
-def _placed_by(groups: ProcessGroupCollection, vpp: int) -> Iterator[None]:
-    """Answer by `groups` what mcore asks its global state to place prediction layers, while a chunk is built.
-
-    0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`.
-    """
-    from megatron.core import parallel_state
-
-    last = groups.pp.rank() == groups.pp.size() - 1
-
-    def is_last(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
-        return last and (ignore_virtual or vpp == 1 or vp_stage == vpp - 1)
-
-    answers = {
-        "get_pipeline_model_parallel_rank": groups.pp.rank,
-        "get_virtual_pipeline_model_parallel_world_size": lambda: vpp if vpp > 1 else None,
-        "is_pipeline_last_stage": is_last,
-    }
-    before = {name: getattr(parallel_state, name) for name in answers}
-    for name, answer in answers.items():
-        setattr(parallel_state, name, answer)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(parallel_state, name, function)

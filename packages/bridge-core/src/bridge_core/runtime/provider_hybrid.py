@@ -107,6 +107,7 @@ def _stack_spec(spec: str, chunk_size: int | None) -> Any:
             fix="install Transformer Engine, or take spec='host' on a CPU",
         )
     if chunk_size is not None:
-        mixer = stack.submodules.mamba_layer.submodules.mixer
+        submodules: Any = stack.submodules
+        mixer = submodules.mamba_layer.submodules.mixer
         mixer.params = {**(mixer.params or {}), "chunk_size": chunk_size}
     return stack

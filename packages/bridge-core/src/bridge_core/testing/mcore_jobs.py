@@ -53,10 +53,34 @@ def global_state_where_mcore_needs_it(chunks: list[Any], pg: Any) -> Iterator[No
     from megatron.core import parallel_state
 
     twice = any(chunk.share_embeddings_and_output_weights or chunk.config.mtp_num_layers for chunk in chunks)
-    if not twice or pg.pp.size() == 1:
+    if not twice or pg.pp.size() == 1 or parallel_state.model_parallel_is_initialized():
         yield
         return
     parallel_state.initialize_model_parallel(pg.tp.size(), pg.pp.size())
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def global_state_for_mtp(fields: dict[str, Any], layout: dict[str, Any]) -> Iterator[None]:
+    """mcore asks its global state where prediction layers are: whoever builds a model with some has initialised it.
+
+    0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`. Collective.
+    """
+    from megatron.core import parallel_state
+
+    if not fields.get("mtp_num_layers"):
+        yield
+        return
+    parallel_state.initialize_model_parallel(
+        layout.get("tp", 1),
+        layout.get("pp", 1),
+        layout.get("vpp"),
+        expert_model_parallel_size=layout.get("ep", 1),
+        expert_tensor_parallel_size=layout.get("etp"),
+    )
     try:
         yield
     finally:
@@ -99,7 +123,7 @@ def load_and_run(
 
     from bridge_core.runtime.host import host_backend
 
-    with host_backend() as on_cpu:
+    with host_backend() as on_cpu, global_state_for_mtp(fields, layout):
         _, pg, chunks = build(fields, layout, spec=spec)
         if not on_cpu:
             chunks = [chunk.cuda() for chunk in chunks]
@@ -124,6 +148,8 @@ def forward(chunks: list[Any], pg: Any, tokens: Tensor) -> Tensor | None:
     size = tokens.shape[1]
     device = next(chunks[0].parameters()).device
     tokens, positions = tokens.to(device), torch.arange(size, device=device).view(1, size)
+    if chunks[0].position_embedding_type == "mrope":
+        positions = positions.expand(3, 1, size)  # of a text, time, height and width are one
     mask = torch.ones(size, size, device=device).triu(1).bool().view(1, 1, size, size)
     pp, rank = pg.pp.size(), pg.pp.rank()
     config = chunks[0].config

@@ -23,8 +23,9 @@ On gloo the all-to-all dispatcher needs `expert_tensor_parallel_size=1`: expert-
 unequal length, which gloo refuses. The default of `cpu_friendly`, all-gather, has no such limit.
 
 A `HybridModel` takes `host_hybrid_stack_spec`; its Mamba layers need mamba-ssm, whose kernels need a GPU.
+Gated delta nets (0.19) run in PyTorch: mcore's own recurrence, and a convolution in place of the CUDA kernel's.
 
-Not here: context parallelism (mcore has it with Transformer Engine only), FP8, Mamba, gated delta nets.
+Not here: context parallelism (mcore has it with Transformer Engine only), FP8, Mamba.
 """
 
 from __future__ import annotations

@@ -160,6 +160,21 @@ def _backend_of_impl() -> Callable[[str], Any]:
     return lambda impl: host_spec_provider()() if impl == "transformer_engine" else get_backend(impl)
 
 
+def _recurrence(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        from bridge_core.runtime.host import recurrence
+
+        return getattr(recurrence, name)
+
+    return make
+
+
+def _delta_rule() -> Any:
+    from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
+
+    return torch_chunk_gated_delta_rule
+
+
 @dataclass(frozen=True)
 class Patch:
     """One attribute that is replaced while the host backend is active.
@@ -180,6 +195,8 @@ class Patch:
 _CORE = "megatron.core"
 _DEVICE = "device of parameters, buffers and of the targets of collectives (tensor_parallel, router, rotary embedding)"
 _BUFFER = "the buffer exists only after parallel_state was initialised, and groups are arguments here"
+_DELTA = f"{_CORE}.ssm.gated_delta_net"
+_FLA = "gated delta nets run on flash-linear-attention's CUDA kernels, in 0.19; older versions have no such nets"
 _STREAMS = "all-to-all dispatcher and overlapped shared experts make streams when they are built"
 
 PATCHES = (
@@ -241,6 +258,10 @@ PATCHES = (
         f"{_CORE}.transformer.moe.moe_layer:TELinear", _duplicated_linear, "latent experts project by this very class"
     ),
     Patch(f"{_CORE}.transformer.moe.moe_layer:HAVE_TE", lambda: True, "latent experts are refused otherwise"),
+    Patch(f"{_DELTA}.common:HAVE_FLA", lambda: True, _FLA),
+    Patch(f"{_DELTA}.common:l2norm", _recurrence("l2norm"), _FLA),
+    Patch(f"{_DELTA}.gdn:causal_conv1d", _recurrence("causal_conv1d"), _FLA),
+    Patch(f"{_DELTA}.gdn:chunk_gated_delta_rule", _delta_rule, _FLA),
 )
 
 _lock = RLock()

@@ -8,9 +8,10 @@ installed mcore gives it: dense, mixture of experts, mixed, latent attention, mu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 from inspect import signature
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 _lock = Lock()
+VARIANTS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
 
 
 @cache
@@ -86,16 +88,33 @@ def _host_modules() -> Iterator[Any]:
     from bridge_core.runtime.host import linears
 
     replaced = {"TESpecProvider": host_spec_provider(), "TENorm": linears.HostNorm}
-    with _lock:
-        names = vars(gpt_layer_specs)
-        before = {name: names[name] for name in replaced if name in names}
-        names.update(replaced)
-        try:
-            yield gpt_layer_specs
-        finally:
-            for name in replaced:  # 0.16.1 has no such names without Transformer Engine
-                del names[name]
-            names.update(before)
+    with _lock, ExitStack() as stack:
+        for module in (gpt_layer_specs, _variants()):
+            if module is not None:
+                stack.enter_context(_with_names(vars(module), replaced))
+        yield gpt_layer_specs
+
+
+def _variants() -> Any:
+    """mcore's module of specs with gated delta nets, or None where a version has none."""
+    try:
+        return import_module(VARIANTS)
+    except ModuleNotFoundError as error:
+        if error.name != VARIANTS:
+            raise
+        return None
+
+
+@contextmanager
+def _with_names(names: dict[str, Any], replaced: dict[str, Any]) -> Iterator[None]:
+    before = {name: names[name] for name in replaced if name in names}
+    names.update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:  # without Transformer Engine some versions have no such names
+            del names[name]
+        names.update(before)
 
 
 def host_layer_spec(config: Any, *, moe: bool | None = None, qk_l2_norm: bool = False) -> ModuleSpec:
@@ -130,12 +149,16 @@ def host_block_spec(
     """The layer specs and the final norm of one pipeline stage, for `GPTModel(transformer_layer_spec=...)`.
 
     Args:
-        config: mcore's `TransformerConfig`; `moe_layer_freq` decides which layers are mixtures of experts.
+        config: mcore's `TransformerConfig`; `moe_layer_freq` decides which layers are mixtures of experts, and
+            `linear_attention_freq` which are gated delta nets, where `experimental_attention_variant` names these.
         pp_rank: the stage, `pg_collection.pp.rank()`; an argument because the global state is not read.
         vp_stage: the virtual stage, for interleaved pipelines.
         qk_l2_norm: normalise queries and keys by their length, without parameters (Llama 4).
     """
     with _host_modules() as builders:
+        if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
+            build = import_module(VARIANTS).get_transformer_block_with_experimental_attention_variant_spec
+            return build(config, vp_stage=vp_stage, pp_rank=pp_rank)
         block = builders.get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, qk_l2_norm=qk_l2_norm, vp_stage=vp_stage, pp_rank=pp_rank
         )
