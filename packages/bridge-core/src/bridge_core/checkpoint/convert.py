@@ -174,12 +174,13 @@ def export_ckpt(
 class _Conversion:
     """A conversion that was planned, audited and laid out; what is left is to write it.
 
-    `room` is bytes of the files, `nbytes` bytes of the tensors in them. `prepare`, `fill` and `finish` are the steps of
+    `tensors` are HF's; `room` is bytes of the files, `nbytes` bytes of the tensors in them. `prepare`, `fill` and `finish` are the steps of
     `write_folder`; `check` looks at the source's data before anything is written.
     """
 
     output: Path
     plan: Plan
+    tensors: int
     nbytes: int
     room: int
     ignored: dict[str, str]
@@ -208,7 +209,7 @@ def _write(ready: _Conversion, shown: Path, options: Options, on_total: Callable
     return Report(
         output=shown,
         family=ready.plan.family.name,
-        tensors=len(ready.plan.hf_tensors),
+        tensors=ready.tensors,
         nbytes=ready.nbytes,
         moved=moved,
         ignored=ready.ignored,
@@ -255,6 +256,7 @@ def _plan_import(
     return _Conversion(
         output=output,
         plan=plan,
+        tensors=audit.hf_tensors,
         nbytes=sum(layout.tensors[key].nbytes for key in dtypes),  # an alias in the layout is no second tensor
         room=sum(layout.files.values()),
         ignored={name: _reason(family.ignored, name) for name in audit.ignored},
@@ -329,6 +331,7 @@ def _plan_export(
     return _Conversion(
         output=output,
         plan=plan,
+        tensors=sum(len(file.tensors) for file in layout.files),
         nbytes=layout.tensor_nbytes,
         room=layout.nbytes,
         ignored=_left_out(checkpoint, plan),
