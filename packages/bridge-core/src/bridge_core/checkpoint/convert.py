@@ -31,7 +31,14 @@ from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, expor
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer
-from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, megatron_entries
+from bridge_core.checkpoint.wiring import (
+    check_wanted,
+    create_files,
+    export_jobs,
+    import_jobs,
+    lay_out_megatron,
+    megatron_entries,
+)
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError
@@ -91,6 +98,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ConfigError("threads must be at least 1", where="threads", expected=">= 1", got=self.threads)
+        check_wanted(self.dtype)
 
 
 def import_ckpt(
@@ -174,8 +182,8 @@ def export_ckpt(
 class _Conversion:
     """A conversion that was planned, audited and laid out; what is left is to write it.
 
-    `tensors` are HF's; `room` is bytes of the files, `nbytes` bytes of the tensors in them. `prepare`, `fill` and `finish` are the steps of
-    `write_folder`; `check` looks at the source's data before anything is written.
+    `tensors` counts HF's; `room` is bytes of the files, `nbytes` bytes of the tensors in them. `prepare`, `fill` and
+    `finish` are the steps of `write_folder`; `check` looks at the source's data before anything is written.
     """
 
     output: Path

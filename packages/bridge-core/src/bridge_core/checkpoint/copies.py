@@ -25,7 +25,7 @@ def check_copies(plan: Plan, folder: HfFolder, *, rank: int = 0, size: int = 1) 
         CheckpointError: names the copy and its original.
     """
     for name, copy in plan.copies.items():
-        if name in folder.tensors:
+        if name in folder.tensors and copy.of in folder.tensors:
             repeated, original = folder.tensors[name], folder.tensors[copy.of]
             pairs = list(zip(repeated.parts, original.parts, strict=False))
             alike = repeated.dtype == original.dtype and len(repeated.parts) == len(original.parts)

@@ -66,7 +66,8 @@ def _check_pairs(
             got="nothing",
             fix=again,
         )
-    if orphans := [scale for weight, scale in scales.items() if weight not in set(quantised)]:
+    known = set(quantised)
+    if orphans := [scale for weight, scale in scales.items() if weight not in known]:
         weight = codec.weight_name(orphans[0]) or ""
         raise CheckpointError(
             "scales belong to no quantised weight",

@@ -233,7 +233,8 @@ def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None) -> _Side:
         return dict(zip(file.tensors, export_jobs(plan, wired, layout, path), strict=True))
 
     tensors = {name: (dtypes[name], shape) for name, shape in plan.hf_tensors.items()}
-    return _Side("megatron", tensors, jobs, plan.family.ignored)
+    repeated = {name: f"repeats {copy.of}" for name, copy in plan.copies.items() if not copy.written}
+    return _Side("megatron", tensors, jobs, {**plan.family.ignored, **repeated})
 
 
 def _open_megatron(path: Path, hf_config: Mapping[str, Any] | None) -> MegatronFolder:

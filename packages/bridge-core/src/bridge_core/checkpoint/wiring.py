@@ -39,13 +39,25 @@ from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import CheckpointError
+from bridge_core.errors import CheckpointError, ConfigError
 from bridge_core.geometry import Box, Piece, Shape, restrict
 from bridge_core.patterns import fill
 from bridge_core.plan import Entry, Plan, compile_entries
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 NARROW = ("F16", "BF16")
+
+
+def check_wanted(dtype: str | None) -> None:
+    """Raise unless weights can be converted to a dtype without a scale: to a floating-point one of 16 bits or more."""
+    if dtype is not None and dtype_of(dtype).name not in FLOATING:
+        raise ConfigError(
+            "weights are not converted to this dtype",
+            where="dtype",
+            expected="bf16, fp16, fp32 or fp64",
+            got=dtype,
+            fix="choose one of these; quantised checkpoints have options of their own",
+        )
 
 
 def cast_to(stored: str, wanted: str | None) -> str:

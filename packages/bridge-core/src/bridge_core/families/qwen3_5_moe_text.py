@@ -28,8 +28,8 @@ from bridge_core.rules import Either
 
 # Qwen3.5 was published with packed experts, but for those of the prediction layer; Qwen3.6 packs these too, and
 # transformers writes all of them one by one.
-EXPERTS = map(Either, packed_experts(HF_LAYER), experts(HF_LAYER))
-MTP_EXPERTS = map(Either, experts(HF_BLOCK), packed_experts(HF_BLOCK))
+EXPERTS = tuple(map(Either, packed_experts(HF_LAYER), experts(HF_LAYER)))
+MTP_EXPERTS = tuple(map(Either, experts(HF_BLOCK), packed_experts(HF_BLOCK)))
 SPARSE = sparse_mlp(DECODER, HF_LAYER, *EXPERTS)
 PREDICTION = sparse_mlp(BLOCK, HF_BLOCK, *MTP_EXPERTS)
 

@@ -108,7 +108,16 @@ def compare(plan: Plan, inventory: Mapping[str, Shape]) -> tuple[str, ...]:
     extra = [name for name in inventory if name not in expected and name not in plan.copies]
     no_weights = plan.family.ignored
     ignored = [n for n in extra if plan.ignores(n) or any(match(pattern, n) is not None for pattern in no_weights)]
-    unexpected = [name for name in extra if name not in set(ignored)]
+    known = set(ignored)
+    unexpected = [name for name in extra if name not in known]
+    if kept := [name for name in inventory if name in expected and plan.ignores(name)]:
+        raise CoverageError(
+            "a tensor was to be left out that the model cannot do without",
+            where=preview(kept),
+            expected="patterns that name a kind of tensor on all of its layers, or none",
+            got=f"ignore={', '.join(plan.ignore)}",
+            fix="leave out whole parts, such as mtp.* or model.visual.*",
+        )
     if missing or unexpected:
         raise CoverageError(
             f"the HF checkpoint does not hold the tensors that a {plan.family.name} model with this config.json has",

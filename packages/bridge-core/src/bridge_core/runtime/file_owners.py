@@ -19,10 +19,11 @@ from bridge_core.checkpoint.files import OpenFiles, create_file, write_all
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.checkpoint.safetensors import Laid
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import LayoutError
 from bridge_core.geometry import Box, Piece, Shape, restrict, slabs
 from bridge_core.plan import Plan, Shard
 from bridge_core.runtime.live import LiveModel, copy_of, is_second_copy
-from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
+from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +91,14 @@ class WholeFiles:
     def __init__(self, live: LiveModel, layout: HfLayout, group: Any, bucket_bytes: int) -> None:
         self.live, self._group = live, group
         self._rank, self._size = group.rank(), group.size()
+        if (self._rank, self._size) != (live.rank, live.plan.layout.world_size):
+            raise LayoutError(
+                "ranks are numbered otherwise than in megatron-core's usual order",
+                where="one_writer_per_file",
+                expected=f"rank {live.rank} of {live.plan.layout.world_size}, as the process groups say",
+                got=f"rank {self._rank} of {self._size} in the group of all ranks",
+                fix="pass a group in the order tp-cp-ep-dp-pp, or save without one_writer_per_file",
+            )
         owners = owners_of([file.nbytes for file in layout.files], self._size)
         self._files = {rank: [f for f, r in zip(layout.files, owners, strict=True) if r == rank] for rank in owners}
         self._limit = max(1, bucket_bytes // max(len(self._files), 1))
@@ -165,7 +174,7 @@ class WholeFiles:
                 source = window(flat(self.live.tensor(cut.shard)), cut.piece.shape, cut.piece.target)
                 if shift := self.live.plan.entry(cut.shard.entry).shift:
                     source = source.float() - shift
-                part.view(cut.piece.shape).copy_(source)
+                part.view(cut.piece.shape).copy_(cast(source, dtype_name(part)))
                 self._sent += part.nbytes if rank != self._rank else 0
 
     def _write(self, folder: Path, blocks: Sequence[Block], coming: Sequence[Sequence[_Cut]], files: OpenFiles) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.checkpoint.wiring import check_wanted
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
@@ -178,6 +179,7 @@ def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, 
     for said in held:
         for entry, names in said.items():
             by_entry.setdefault(entry, set()).update(names)
+    check_wanted(wanted)
     main = dtype_of(wanted).name if wanted else None
     entries = live.plan.entries
     if main is None:
@@ -199,7 +201,7 @@ def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:
         f"{what} differ in dtype",
         expected="one dtype on all ranks, or `dtype` to say which to write",
         got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(said)),
-        fix="pass dtype=...",
+        fix="pass dtype=..., or give the parameters one dtype where that has no effect",
     )
 
 

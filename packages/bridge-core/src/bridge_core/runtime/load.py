@@ -105,10 +105,10 @@ def load_hf_weights(
     workers.together(check)
     live, folder, ignored = opened[0]
     left = _left(live, allowed_mismatched, workers, group) if allowed_mismatched else ()
+    workers.together(lambda: check_copies(live.plan, folder, rank=workers.rank, size=workers.size))
     done: list[NodeTally] = []
 
     def fill() -> None:
-        check_copies(live.plan, folder, rank=workers.rank, size=workers.size)
         if one_reader_per_node:
             done.append(fill_from_node(live, folder, node_group, bucket_bytes))
         else:

@@ -90,7 +90,7 @@ def save_megatron_model(
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
 
     def finish(folder: Path) -> None:
-        text = write_run_config(fields, family, hf_config, dtype, ignore=ignore)
+        text = write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
 
     with OwnWorld() as world:

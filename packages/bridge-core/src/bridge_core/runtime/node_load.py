@@ -16,7 +16,7 @@ from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece, View, row_major
 from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.tensors import default_device, flat, from_numpy, torch_dtype, window
+from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, from_numpy, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +133,7 @@ def _copy(
             target = window(flat(live.tensor(shard)), piece.shape, piece.target)
             values = window(source, piece.shape, piece.source)
             shift = live.plan.entry(shard.entry).shift
-            target.copy_(values.float() + shift if shift else values)
+            target.copy_(cast(values.float() + shift if shift else values, dtype_name(target)))
 
 
 def _part(data: Tensor, at: int, stored: Any) -> Tensor:

@@ -72,7 +72,7 @@ class Provider:
         object.__setattr__(self, "spec", spec or default_spec())
         _check_version(fields, known)
         self.apply_overrides({name: value for name, value in fields.items() if name in known})
-        if fields.get("mrope_interleaved"):
+        if fields.get("position_embedding_type") == "mrope":
             # mcore's GPTModel does not interleave; for text, whose three positions are one, this is the same.
             self.apply_overrides({"position_embedding_type": "rope", "mrope_section": None})
 

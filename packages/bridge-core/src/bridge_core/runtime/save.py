@@ -8,6 +8,7 @@ several nodes cannot write one file on get whole files from one rank each (`runt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from bridge_core.checkpoint.hf_output import carried_files, copy_files, create_w
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import ConfigError
+from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
 from bridge_core.plan import Shard
@@ -30,7 +31,7 @@ from bridge_core.runtime.file_owners import Sent, WholeFiles, takes_turn
 from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import flat, torch_dtype
+from bridge_core.runtime.tensors import cast, flat, torch_dtype
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
@@ -127,13 +128,15 @@ def save_hf_pretrained(
     live, like = jointly(workers, check)
     dtypes = agreed_dtypes(live, dtype, group)
 
-    def lay_out() -> tuple[HfLayout, SharedFiles | WholeFiles]:
-        layout = _lay_out(live, like, dtypes, max_shard_size)
-        if one_writer_per_file:
-            return layout, WholeFiles(live, layout, group, bucket_bytes)
-        return layout, SharedFiles(live, layout, groups or unwrap(model)[0].pg_collection, dtypes, group)
+    layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size))
+    _check_agreed(layout, group)
 
-    layout, writer = jointly(workers, lay_out)
+    def make_writer() -> SharedFiles | WholeFiles:
+        if one_writer_per_file:
+            return WholeFiles(live, layout, group, bucket_bytes)
+        return SharedFiles(live, layout, groups or unwrap(model)[0].pg_collection, dtypes, group)
+
+    writer = jointly(workers, make_writer)
     written = family.consistent(config, fields) if config else family.to_hf(fields)
     sent = _write(output, layout, writer, like, written, workers, overwrite=overwrite, durable=durable)
     return SaveReport(
@@ -150,6 +153,23 @@ def _lay_out(live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max
     if like is not None:
         return lay_out_like(like, live.plan, dtypes)
     return lay_out_files(*as_written(live.plan, dtypes), max_shard_size)
+
+
+def _check_agreed(layout: HfLayout, group: Any) -> None:
+    """Raise on all ranks unless they are about to write the same files. Collective."""
+    import torch.distributed as dist
+
+    said: list[Any] = [None] * group.size()
+    mine = hashlib.sha256(b"".join(file.name.encode() + file.header for file in layout.files)).hexdigest()
+    dist.all_gather_object(said, mine, group=group)
+    if others := [rank for rank, digest in enumerate(said) if digest != said[0]]:
+        raise OutputError(
+            "ranks lay out the files differently",
+            where="save_hf_pretrained",
+            expected="the same arguments, and the same `source` to see, on every rank",
+            got=f"rank 0 and ranks {preview(others)} differ",
+            fix="check that all ranks see the HF folder of the bridge",
+        )
 
 
 def _write(
@@ -219,9 +239,12 @@ class SharedFiles:
             for name, (offset, dtype, _) in file.tensors.items()
         }
         self._places = {name: [place] for name, place in places.items()}
+        codec = self.live.plan.codec
         for name, copy in self.live.plan.copies.items():
             if name in places:
                 self._places[copy.of].append(places[name])
+            if codec is not None and codec.scale_name(name) in places:
+                self._places[codec.scale_name(copy.of)].append(places[codec.scale_name(name)])
         if self.live.plan.codec is not None:
             self._scales = agreed_scales(self.live, dict(self._dtypes), self._group)
         with ExitStack() as stack:
@@ -258,11 +281,11 @@ class SharedFiles:
             self._failure = error
 
     def _write(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
-        if pieces and (name := pieces[0].source.tensor) in self._scales:
-            self._write_quantised(tensor.to(torch_dtype(self._dtypes[name])), pieces)
-            return
+        encoded = [piece for piece in pieces if piece.source.tensor in self._scales]
+        for piece in encoded:
+            self._write_quantised(cast(tensor, self._dtypes[piece.source.tensor]), piece)
         held: dict[str, memoryview] = {}
-        for piece in pieces:
+        for piece in (piece for piece in pieces if piece not in encoded):
             back = piece.inverse()
             for path, offset, dtype in self._places[back.target.tensor]:
                 data, itemsize = held.get(dtype), dtype_of(dtype).itemsize
@@ -274,31 +297,31 @@ class SharedFiles:
                     part = data[at_source * itemsize : (at_source + length) * itemsize]
                     self._written += write_all(descriptor, part, offset + at_target * itemsize)
 
-    def _write_quantised(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
+    def _write_quantised(self, tensor: Tensor, piece: Piece) -> None:
         """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
-        codec = self.live.plan.codec
+        codec, name = self.live.plan.codec, piece.source.tensor
         assert codec is not None
-        for piece in pieces:
-            name = piece.source.tensor
-            shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
-            codes, back = quantised(tensor, piece.inverse(), shape, scales, codec)
-            path, offset, _ = self._places[name][0]
-            data = codes.cpu().view(torch_dtype("U8")).numpy().data
-            descriptor = self._files.descriptor(str(path), write=True)
-            for at_source, at_target, length in runs(back):
-                part = data[at_source : at_source + length]
-                self._written += write_all(descriptor, part, offset + at_target)
-            if back.target.offset == 0:
-                path, offset, _ = self._places[codec.scale_name(name)][0]
-                data = scales.contiguous().cpu().view(-1).view(torch_dtype("U8")).numpy().data
-                self._written += write_all(self._files.descriptor(str(path), write=True), data, offset)
+        shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
+        codes, back = quantised(tensor, piece.inverse(), shape, scales, codec)
+        data = codes.cpu().view(torch_dtype("U8")).numpy().data
+        for at_source, at_target, length in runs(back):
+            self._put(name, at_target, data[at_source : at_source + length])
+        if back.target.offset == 0:
+            flat_scales = scales.contiguous().cpu().view(-1).view(torch_dtype("U8")).numpy().data
+            self._put(codec.scale_name(name), 0, flat_scales)
+
+    def _put(self, name: str, at: int, data: memoryview) -> None:
+        """Write bytes into a tensor, everywhere in the files that it lies."""
+        for path, offset, _ in self._places[name]:
+            self._opened.add(path.name)
+            self._written += write_all(self._files.descriptor(str(path), write=True), data, offset + at)
 
 
 def _bytes(tensor: Tensor, dtype: str) -> memoryview:
     """The elements of a flat tensor as the bytes of a file."""
     import torch
 
-    return tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
+    return cast(tensor, dtype).cpu().view(torch.uint8).numpy().data
 
 
 def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:

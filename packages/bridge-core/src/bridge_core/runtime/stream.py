@@ -20,7 +20,7 @@ from bridge_core.plan import Shard, TensorMeta
 from bridge_core.runtime.fp8 import quantise
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, replica_of
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
+from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +150,7 @@ class Stream:
                     source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
                     if shift := self.live.plan.entry(shard.entry).shift:
                         source = source.float() - shift
-                    window(target, piece.shape, piece.target).copy_(source)
+                    window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target)))
         except Exception as error:
             failure = error
         self._agree(failed=failure is not None, cause=failure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Shape, View
 
 if TYPE_CHECKING:
@@ -22,6 +23,29 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, dtype_of(name).torch)
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor in another dtype, given by its safetensors name.
+
+    Raises:
+        CheckpointError: a finite value is beyond the range of that dtype; it would become infinite in silence.
+    """
+    import torch
+
+    wanted = torch_dtype(dtype)
+    if tensor.dtype == wanted:
+        return tensor
+    made = tensor.to(wanted)
+    narrower = tensor.is_floating_point() and torch.finfo(wanted).max < torch.finfo(tensor.dtype).max
+    if narrower and made.numel() and not made.isfinite().all() and (lost := ~made.isfinite() & tensor.isfinite()).any():
+        raise CheckpointError(
+            f"values do not fit into {wanted}",
+            expected=f"absolute values of at most {torch.finfo(wanted).max:.6g}",
+            got=f"{int(lost.sum())} larger one(s), such as {float(tensor[lost].flatten()[0])}",
+            fix="keep the dtype that the tensors have, or choose a wider one",
+        )
+    return made
 
 
 def flat(tensor: Tensor) -> Tensor:
