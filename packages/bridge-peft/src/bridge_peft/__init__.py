@@ -1,0 +1,63 @@
+"""LoRA on Megatron-Core modules: adapters that train in any parallel layout.
+
+The names below are loaded on first use: importing this package needs neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge_peft.apply import LoraReport as LoraReport
+    from bridge_peft.apply import apply_lora as apply_lora
+    from bridge_peft.config import LoraConfig as LoraConfig
+    from bridge_peft.merge import merge_adapters as merge_adapters
+    from bridge_peft.merge import merged_weights as merged_weights
+    from bridge_peft.merge import unmerge_adapters as unmerge_adapters
+    from bridge_peft.sharded import adapter_entries as adapter_entries
+    from bridge_peft.switch import delete_adapter as delete_adapter
+    from bridge_peft.switch import disable_adapters as disable_adapters
+    from bridge_peft.switch import enable_adapters as enable_adapters
+    from bridge_peft.switch import set_adapter as set_adapter
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoraConfig": "config",
+    "LoraReport": "apply",
+    "adapter_entries": "sharded",
+    "apply_lora": "apply",
+    "delete_adapter": "switch",
+    "disable_adapters": "switch",
+    "enable_adapters": "switch",
+    "merge_adapters": "merge",
+    "merged_weights": "merge",
+    "set_adapter": "switch",
+    "unmerge_adapters": "merge",
+}
+__all__ = [
+    "LoraConfig",
+    "LoraReport",
+    "adapter_entries",
+    "apply_lora",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
+    "merge_adapters",
+    "merged_weights",
+    "set_adapter",
+    "unmerge_adapters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,104 @@
+"""Adapters in mcore's distributed checkpoints.
+
+Keys are those of the layer with `adapter.<name>.<factor>` behind, and global shapes those of `placement`:
+per-expert factors are one tensor [E, ...] for a layer, whether its experts are stacked in one module or
+modules of their own. Where mcore stacks equal layers in one tensor, a factor has the number of its layer in
+its key instead (`...linear_qkv.adapter.default.layers.3.lora_A`): layers may have adapters of other ranks,
+or none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bridge_peft.layers.adapter import LoraAdapter
+    from bridge_peft.placement import Factor
+
+Offsets = tuple[tuple[int, int, int], ...]
+
+
+def sharded_state_dict(
+    module: nn.Module, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The layer's own sharded state, and that of its adapters. Stands in for the method of an adapted layer."""
+    state = type(module).sharded_state_dict(module, prefix, sharded_offsets, metadata)  # type: ignore[operator]
+    # mcore takes every tensor of a layer that it knows nothing about for one that all ranks hold.
+    state = {key: entry for key, entry in state.items() if not key.startswith(f"{prefix}adapter.")}
+    for name, adapter in module._modules["adapter"].items():  # type: ignore[union-attr]
+        single = bool((metadata or {}).get("singleton_local_shards", False))
+        for factor in adapter.factors:
+            entry = _entry(adapter, factor, prefix, name, tuple(sharded_offsets), single)
+            state[f"{prefix}adapter.{name}.{factor}"] = entry
+    return state
+
+
+def adapter_entries(sharded: dict[str, Any], *, name: str | None = None) -> dict[str, Any]:
+    """The entries of a model's sharded state that are adapters', of one name or of all: an adapter checkpoint."""
+    word = ".adapter." if name is None else f".adapter.{name}."
+    return {key: entry for key, entry in sharded.items() if word in key}
+
+
+def _entry(adapter: LoraAdapter, key: str, prefix: str, name: str, offsets: Offsets, single: bool) -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    site, factor, value = adapter.site, adapter.factors[key], adapter.get_parameter(key)
+    sequential = bool(site.linear.experts) and not site.grouped
+    # The last offset of a sequential expert is its number in the layer; one before it is the layer's.
+    layers = offsets[:-1] if sequential and not single else offsets
+    number = f"layers.{layers[0][1]}." if layers else ""
+    sharded_key = f"{prefix}adapter.{name}.{number}{key}"
+    prepended = int(factor.by_expert and sequential and not single)
+    if factor.by_expert and site.grouped:
+        experts = [(0, site.first_expert // site.local_experts, site.linear.experts // site.local_experts)]
+    elif prepended:
+        experts = [(0, site.first_expert, site.linear.experts)]
+    else:
+        experts = []
+    axis = None if factor.cut is None else factor.cut - (factor.by_expert and sequential and single)
+    replica = _replica(adapter, factor)
+
+    def build(key: str, tensor: Tensor, replica_id: Any, flattened_range: Any = None) -> list[Any]:
+        """One entry per block of the cut dim: a rank's share of each is a run of the whole."""
+        chunks = [tensor] if axis is None else tensor.chunk(factor.blocks, axis - prepended)
+        cuts = [] if axis is None else [(axis, b * site.size + site.rank, factor.blocks * site.size) for b in range(factor.blocks)]
+        return [
+            ShardedTensor.from_rank_offsets(
+                key, chunk, *experts, *cuts[index : index + 1], replica_id=replica_id, prepend_axis_num=prepended
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+
+    def merge(chunks: list[Tensor]) -> Tensor:
+        return torch.cat(chunks, (axis or 0) - prepended)
+
+    if axis is None or factor.blocks == 1:
+        return build(sharded_key, value, replica)[0]
+    return ShardedTensorFactory(sharded_key, value, build, merge, replica)
+
+
+def _replica(adapter: LoraAdapter, factor: Factor) -> tuple[int, int, int]:
+    """Which copy of a share this rank holds, in mcore's form (pipeline, tensor, data); all zeros for the one saved.
+
+    `SequentialMLP` writes the rank among the experts' data-parallel ranks into the last place (mcore 0.19.2,
+    transformer/moe/experts.py). What all experts share has copies beyond those, so they are told apart before it.
+    """
+    site = adapter.site
+    groups = site.groups
+    if factor.shared:
+        owner = site.first_expert if site.grouped else site.first_expert % max(1, _experts_here(adapter))
+        return (0 if site.grouped else owner, groups.tp.rank() + groups.tp.size() * groups.dp_cp.rank(), 0)
+    held_whole = factor.cut is None and site.linear.mode != "replicated"
+    if site.linear.experts:
+        return (0, site.rank if held_whole else 0, groups.expt_dp.rank())
+    everywhere = held_whole or site.linear.mode == "replicated"
+    return (0, groups.tp.rank() if everywhere else 0, groups.dp_cp.rank())
+
+
+def _experts_here(adapter: LoraAdapter) -> int:
+    """Experts of the layer on this rank."""
+    return adapter.site.linear.experts // adapter.site.groups.ep.size()
