@@ -40,6 +40,8 @@ def merged_weights(
     wanted = _wanted(model, names)
     for chunk in unwrap(model):
         layers = {path: adapters for path, adapters in adapters_of(chunk) if _active(adapters, wanted)}
+        for adapters in layers.values():
+            adapters.site.weights()  # refuses a layer whose weight is not its own
         owners = {
             f"{path}.{name}": (adapters, index)
             for path, adapters in layers.items()

@@ -92,11 +92,8 @@ def _replica(adapter: LoraAdapter, factor: Factor) -> tuple[int, int, int]:
     if factor.shared:
         owner = site.first_expert if site.grouped else site.first_expert % max(1, _experts_here(adapter))
         return (0 if site.grouped else owner, groups.tp.rank() + groups.tp.size() * groups.dp_cp.rank(), 0)
-    held_whole = factor.cut is None and site.linear.mode != "replicated"
-    if site.linear.experts:
-        return (0, site.rank if held_whole else 0, groups.expt_dp.rank())
-    everywhere = held_whole or site.linear.mode == "replicated"
-    return (0, groups.tp.rank() if everywhere else 0, groups.dp_cp.rank())
+    group, copies = (site.group, groups.expt_dp) if site.linear.experts else (groups.tp, groups.dp_cp)
+    return (0, group.rank() if factor.cut is None else 0, copies.rank())
 
 
 def _experts_here(adapter: LoraAdapter) -> int:

@@ -101,18 +101,17 @@ class Site:
         """The weights [out, in] of this rank, one for each expert of the module, or the one of a plain layer.
 
         Raises:
-            ConfigError: the layer has none, because it is given another's when it is called (tied embeddings).
+            ConfigError: the layer has none, because it is given another's when it is called (tied embeddings),
+                or because all its experts' are one parameter.
         """
-        if self.grouped and self.module._parameters.get("weight0") is None:
-            return list(self.module.get_parameter("weight").unbind(0))  # one parameter [E, out, in] for all experts
         found = [self.module._parameters.get(name) for name in self.weight_names()]
         if any(weight is None for weight in found):
             raise ConfigError(
                 "a layer has no weight of its own",
                 where=self.name,
-                expected="a layer with its own weight",
-                got="a layer that is given another layer's weight when it is called",
-                fix="untie the embeddings, or adapt this layer without merging, DoRA and decompositions",
+                expected=f"parameters {', '.join(self.weight_names()[:2])}",
+                got="another layer's, given to it when it is called; or one parameter for all its experts",
+                fix="untie the embeddings, or do without merging, DoRA and decompositions for this layer",
             )
         return [weight for weight in found if weight is not None]
 
