@@ -37,6 +37,12 @@ MOE = DENSE | {
 BIASED = DENSE | {"add_bias_linear": True, "add_qkv_bias": True, "normalization": "LayerNorm", "qk_layernorm": False}
 LATENT = {name: value for name, value in DENSE.items() if name not in ("kv_channels", "num_query_groups")} | {
     "multi_latent_attention": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 12,
+    "rope_type": "rope",
 }
 
 
@@ -59,12 +65,41 @@ def make(case: Case, *, seed: int = 1234):
     from bridge_core.testing.mcore_jobs import build
 
     torch.manual_seed(seed)
-    _, pg, chunks = build(case.fields, case.layout, spec=case.spec)
+    if case.fields.get("multi_latent_attention"):
+        pg, chunks = latent(case)
+    else:
+        _, pg, chunks = build(case.fields, case.layout, spec=case.spec)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return pg, chunks
+
+
+def latent(case: Case):
+    """A model with latent attention, which has a configuration class of its own."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from bridge_core.runtime.host import cpu_friendly, host_block_spec
+    from bridge_core.testing.rank_worker import groups
+
+    beside = ("vocab_size", "seq_length", "share_embeddings_and_output_weights", "position_embedding_type")
+    fields = {name: value for name, value in case.fields.items() if name not in beside}
+    fields |= {"activation_func": torch.nn.functional.silu}
+    config = MLATransformerConfig(**fields | cpu_friendly(fields))
+    pg = groups(**case.layout)
+    model = GPTModel(
+        config,
+        host_block_spec(config),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        pg_collection=pg,
+    )
+    return pg, [model]
 
 
 def adapted(case: Case):

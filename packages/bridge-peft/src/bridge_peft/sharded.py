@@ -44,7 +44,7 @@ def adapter_entries(sharded: dict[str, Any], *, name: str | None = None) -> dict
 
 
 def _entry(adapter: LoraAdapter, key: str, prefix: str, name: str, offsets: Offsets, single: bool) -> Any:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     site, factor, value = adapter.site, adapter.factors[key], adapter.get_parameter(key)
     sequential = bool(site.linear.experts) and not site.grouped
@@ -52,50 +52,86 @@ def _entry(adapter: LoraAdapter, key: str, prefix: str, name: str, offsets: Offs
     layers = offsets[:-1] if sequential and not single else offsets
     number = f"layers.{layers[0][1]}." if layers else ""
     sharded_key = f"{prefix}adapter.{name}.{number}{key}"
-    prepended = int(factor.by_expert and sequential and not single)
-    if factor.by_expert and site.grouped:
-        experts = [(0, site.first_expert // site.local_experts, site.linear.experts // site.local_experts)]
-    elif prepended:
-        experts = [(0, site.first_expert, site.linear.experts)]
-    else:
-        experts = []
-    axis = None if factor.cut is None else factor.cut - (factor.by_expert and sequential and single)
-    replica = _replica(adapter, factor)
+    replica = _replica(adapter, factor, single)
+    if factor.by_expert and site.grouped and single:
+        each = _PerExpert(adapter, factor)
+        return ShardedTensorFactory(sharded_key, value, each, each.merge, replica)
+    shards = _Shards(adapter, factor, own_key=single)
+    if factor.cut is None or factor.blocks == 1:
+        return shards(sharded_key, value, replica)[0]
+    return ShardedTensorFactory(sharded_key, value, shards, shards.merge, replica)
 
-    def build(key: str, tensor: Tensor, replica_id: Any, flattened_range: Any = None) -> list[Any]:
-        """One entry per block of the cut dim: a rank's share of each is a run of the whole."""
-        chunks = [tensor] if axis is None else tensor.chunk(factor.blocks, axis - prepended)
-        cuts = [] if axis is None else [(axis, b * site.size + site.rank, factor.blocks * site.size) for b in range(factor.blocks)]
+
+class _Shards:
+    """A factor's local tensor -> its sharded tensors, one for each block of the cut dim.
+
+    Args:
+        own_key: whether each expert has a key of its own (`singleton_local_shards`), and so no expert dim.
+    """
+
+    def __init__(self, adapter: LoraAdapter, factor: Factor, *, own_key: bool) -> None:
+        site = adapter.site
+        self.blocks, self.rank, self.size = factor.blocks, site.rank, site.size
+        stacked = factor.by_expert and site.grouped and not own_key
+        self.prepended = int(factor.by_expert and not site.grouped and not own_key)
+        self.experts: list[tuple[int, int, int]] = []
+        if stacked:
+            self.experts = [(0, site.first_expert // site.local_experts, site.linear.experts // site.local_experts)]
+        elif self.prepended:
+            self.experts = [(0, site.first_expert, site.linear.experts)]
+        self.axis = None if factor.cut is None else factor.cut - (factor.by_expert and own_key)
+
+    def __call__(self, key: str, tensor: Tensor, replica_id: Any, flattened_range: Any = None) -> list[Any]:
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        if self.axis is None:
+            chunks, cuts = [tensor], [()]
+        else:
+            chunks = list(tensor.chunk(self.blocks, self.axis - self.prepended))
+            count = self.blocks * self.size
+            cuts = [((self.axis, block * self.size + self.rank, count),) for block in range(self.blocks)]
         return [
             ShardedTensor.from_rank_offsets(
-                key, chunk, *experts, *cuts[index : index + 1], replica_id=replica_id, prepend_axis_num=prepended
+                key, chunk, *self.experts, *cut, replica_id=replica_id, prepend_axis_num=self.prepended
             )
-            for index, chunk in enumerate(chunks)
+            for chunk, cut in zip(chunks, cuts, strict=True)
         ]
 
-    def merge(chunks: list[Tensor]) -> Tensor:
-        return torch.cat(chunks, (axis or 0) - prepended)
-
-    if axis is None or factor.blocks == 1:
-        return build(sharded_key, value, replica)[0]
-    return ShardedTensorFactory(sharded_key, value, build, merge, replica)
+    def merge(self, chunks: list[Tensor]) -> Tensor:
+        return torch.cat(chunks, (self.axis or 0) - self.prepended)
 
 
-def _replica(adapter: LoraAdapter, factor: Factor) -> tuple[int, int, int]:
+class _PerExpert:
+    """A stacked factor -> sharded tensors under one key per expert: those that a sequence of modules would have."""
+
+    def __init__(self, adapter: LoraAdapter, factor: Factor) -> None:
+        self.first = adapter.site.first_expert
+        self.leaf = adapter.site.name.rpartition(".")[2]
+        self.shards = _Shards(adapter, factor, own_key=True)
+
+    def __call__(self, key: str, tensor: Tensor, replica_id: Any, flattened_range: Any = None) -> list[Any]:
+        head, _, tail = key.rpartition(f"{self.leaf}.adapter.")
+        return [
+            self.shards(f"{head}{self.first + index}.{self.leaf}.adapter.{tail}", part, replica_id)
+            for index, part in enumerate(tensor)
+        ]
+
+    def merge(self, experts: list[list[Tensor]]) -> Tensor:
+        return torch.stack([self.shards.merge(chunks) for chunks in experts])
+
+
+def _replica(adapter: LoraAdapter, factor: Factor, single: bool) -> tuple[int, int, int]:
     """Which copy of a share this rank holds, in mcore's form (pipeline, tensor, data); all zeros for the one saved.
 
     `SequentialMLP` writes the rank among the experts' data-parallel ranks into the last place (mcore 0.19.2,
-    transformer/moe/experts.py). What all experts share has copies beyond those, so they are told apart before it.
+    transformer/moe/experts.py). What all experts share has copies beyond those, so they are told apart before
+    it; but where every expert has a key of its own, each key has only that expert's copies.
     """
     site = adapter.site
     groups = site.groups
-    if factor.shared:
-        owner = site.first_expert if site.grouped else site.first_expert % max(1, _experts_here(adapter))
-        return (0 if site.grouped else owner, groups.tp.rank() + groups.tp.size() * groups.dp_cp.rank(), 0)
+    if factor.shared and (site.grouped or not single):
+        here = site.linear.experts // groups.ep.size()
+        expert = 0 if site.grouped else site.first_expert % here
+        return (expert, groups.tp.rank() + groups.tp.size() * groups.dp_cp.rank(), 0)
     group, copies = (site.group, groups.expt_dp) if site.linear.experts else (groups.tp, groups.dp_cp)
     return (0, group.rank() if factor.cut is None else 0, copies.rank())
-
-
-def _experts_here(adapter: LoraAdapter) -> int:
-    """Experts of the layer on this rank."""
-    return adapter.site.linear.experts // adapter.site.groups.ep.size()
