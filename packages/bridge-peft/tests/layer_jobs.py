@@ -7,6 +7,13 @@ from typing import Any
 from lora_jobs import Case, adapted, logits_of, make, shards, stir, whole
 
 
+def freeze(chunks) -> None:
+    """What `apply_lora` does to the base: torch's matmul takes another path, with other rounding, for a weight
+    that wants a gradient when its input is not contiguous (latent attention's is not)."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+
+
 def start(case: Case) -> dict[str, Any]:
     """Logits before and after adapters are put on, the report, and what is trained."""
     import torch
@@ -16,6 +23,7 @@ def start(case: Case) -> dict[str, Any]:
 
     with host_backend(), torch.no_grad():
         pg, chunks = make(case)
+        freeze(chunks)
         before = whole(logits_of(chunks[0]), pg)
         report = apply_lora(chunks, LoraConfig(**case.lora), pg)
         after = whole(logits_of(chunks[0]), pg)
@@ -48,6 +56,7 @@ def merging(case: Case) -> dict[str, Any]:
 
     with host_backend(), torch.no_grad():
         pg, chunks = make(case)
+        freeze(chunks)
         base = whole(logits_of(chunks[0]), pg)
         from bridge_peft import LoraConfig, apply_lora
 
@@ -261,3 +270,33 @@ def dora_layers(case: Case) -> list[dict[str, Any]]:
                 "gradients": {n: p.grad for n, p in adapter.named_parameters()},
             })
     return found
+
+
+def on_a_pipeline(case: Case) -> tuple[list[str], list[str]]:
+    """Names of the adapted layers on this rank, and the parameters that are trained."""
+    from bridge_core.runtime.host import host_backend
+
+    with host_backend():
+        _, chunks, report = adapted(case)
+        trained = [n for chunk in chunks for n, p in chunk.named_parameters() if p.requires_grad]
+        return [entry.name for entry in report.adapted], trained
+
+
+def decomposed(case: Case) -> dict[str, Any]:
+    """Logits before and after a method that takes something out of the base, and how the products compare."""
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+    from bridge_peft import LoraConfig, apply_lora
+
+    with host_backend(), torch.no_grad():
+        pg, chunks = make(case)
+        before = whole(logits_of(chunks[0]), pg)
+        weights = {n: p.detach().clone() for n, p in chunks[0].named_parameters()}
+        apply_lora(chunks, LoraConfig(**case.lora), pg)
+        after = whole(logits_of(chunks[0]), pg)
+        left = {}
+        for path, adapters in _adapters(chunks[0]):
+            if not adapters.site.grouped:
+                left[path] = (weights[f"{path}.weight"], adapters["default"].update(), adapters.site.weights()[0].clone())
+        return {"before": before, "after": after, "layers": left}

@@ -234,3 +234,63 @@ def test_dora_against_peft(rank_pool, fields):
             torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-4)
         with suppress(AttributeError):
             oracle.unload()
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_methods_that_take_a_part_out_of_the_base(rank_pool, model, method):
+    lora = {"r": 4, "lora_alpha": 8, "lora_init_method": method}
+    (found,) = rank_pool.run(layer_jobs.decomposed, Case(MODELS[model].fields, lora=lora), ranks=[0])
+    torch.testing.assert_close(found["after"], found["before"], rtol=1e-4, atol=1e-5)
+    assert found["layers"]
+    for weight, update, left in found["layers"].values():
+        torch.testing.assert_close(left + update, weight, rtol=0, atol=1e-6)
+        if method == "pissa":
+            values = torch.linalg.svdvals(weight.double())
+            torch.testing.assert_close(torch.linalg.svdvals(update.double())[:4], values[:4], rtol=1e-4, atol=0)
+            torch.testing.assert_close(torch.linalg.svdvals(left.double())[0], values[4], rtol=1e-3, atol=0)
+
+
+def test_a_pattern_may_fit_on_another_pipeline_stage_only(rank_pool):
+    """Layers have their global number on every stage, virtual ones too."""
+    lora = {"r": 2, "target_modules": ["layers.3.mlp.linear_fc1", "*.layers.0.*.linear_proj"]}
+    case = Case(DENSE | {"num_layers": 4}, {"pp": 2, "vpp": 2}, lora)
+    first, second = rank_pool.run(layer_jobs.on_a_pipeline, case, ranks=range(2))
+    assert first[0] == ["decoder.layers.0.self_attention.linear_proj"]
+    assert second[0] == ["decoder.layers.3.mlp.linear_fc1"]
+    assert second[1] == [f"decoder.layers.0.mlp.linear_fc1.adapter.default.{f}" for f in ("lora_A", "lora_B")]
+
+
+REFUSED = {
+    "nothing-matches": ({"target_modules": ["linear_gkv"]}, ["linear_gkv", "linear_qkv", "fits no module"]),
+    "one-of-two": ({"target_modules": ["linear_qkv", "dense_h_to_4h"]}, ["dense_h_to_4h"]),
+    "other-layer": ({"target_modules": ["layers.9.mlp.linear_fc1"]}, ["layers.9", "as in the whole model"]),
+    "hf-name": ({"target_modules": ["q_proj"]}, ["a part of linear_qkv", 'variant="canonical"']),
+    "exclude": ({"exclude_modules": ["linear_fc3"]}, ["exclude_modules", "linear_fc3"]),
+    "rank-pattern": ({"rank_pattern": {"linear_q": 4}}, ["rank_pattern", "linear_q"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_patterns_that_fit_nothing_are_refused(rank_pool, name):
+    lora, words = REFUSED[name]
+    ((error, same),) = rank_pool.run(layer_jobs.refused, Case(DENSE, lora=lora), ranks=[0])
+    for word in words:
+        assert word in str(error)
+    assert same
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "words"),
+    [
+        ({"wrap": True}, {}, ["before DDP", "DistributedDataParallel"]),
+        ({"twice": True}, {}, ["adapter of this name already", "'default'"]),
+        ({"name": "my.adapter"}, {}, ["cannot have this name", "'my.adapter'"]),
+    ],
+    ids=["wrapped", "twice", "name"],
+)
+def test_models_that_cannot_be_adapted_are_refused(rank_pool, options, fields, words):
+    ((error, same),) = rank_pool.run(layer_jobs.refused, Case(DENSE | fields, lora={}), ranks=[0], **options)
+    for word in words:
+        assert word in str(error)
+    assert same
