@@ -76,10 +76,7 @@ def merging(case: Case) -> dict[str, Any]:
         unmerge_adapters(chunks)
         result["restored"] = all(torch.equal(p, weights[n]) for n, p in chunks[0].named_parameters())
         result["unmerged"] = whole(logits_of(chunks[0]), pg)
-        result["scaling"] = {
-            path: adapters["default"].settings.scaling
-            for path, adapters in _adapters(chunks[0])
-        }
+        result["scaling"] = {path: adapters["default"].settings.scaling for path, adapters in _adapters(chunks[0])}
         return result
 
 
@@ -110,12 +107,16 @@ def named(case: Case) -> dict[str, Any]:
         result["second_start"] = logits_of(chunk)
         stir(chunks)
         result["second"] = logits_of(chunk)
-        result["trained"] = sorted({n.split(".adapter.")[1].split(".")[0] for n, p in chunk.named_parameters() if p.requires_grad})
+        result["trained"] = sorted(
+            {n.split(".adapter.")[1].split(".")[0] for n, p in chunk.named_parameters() if p.requires_grad}
+        )
         set_adapter(chunks, ["first", "second"])
         result["both"] = logits_of(chunk)
         set_adapter(chunks, "first")
         result["first_again"] = logits_of(chunk)
-        result["trained_again"] = sorted({n.split(".adapter.")[1].split(".")[0] for n, p in chunk.named_parameters() if p.requires_grad})
+        result["trained_again"] = sorted(
+            {n.split(".adapter.")[1].split(".")[0] for n, p in chunk.named_parameters() if p.requires_grad}
+        )
         saved = copy.deepcopy(chunk.state_dict())
         for parameter in chunk.parameters():
             parameter.zero_()
@@ -258,17 +259,19 @@ def dora_layers(case: Case) -> list[dict[str, Any]]:
             x = torch.randn(5, 2, module.weight.shape[1], requires_grad=True)
             output, bias = module(x)
             output.square().sum().backward()
-            found.append({
-                "x": x.detach(),
-                "x_grad": x.grad,
-                "output": output.detach(),
-                "bias_left": bias is not None,
-                "weight": module.weight.detach(),
-                "bias": None if module.bias is None or bias is not None else module.bias.detach(),
-                "scaling": adapter.settings.scaling,
-                "factors": {n: p.detach() for n, p in adapter.named_parameters()},
-                "gradients": {n: p.grad for n, p in adapter.named_parameters()},
-            })
+            found.append(
+                {
+                    "x": x.detach(),
+                    "x_grad": x.grad,
+                    "output": output.detach(),
+                    "bias_left": bias is not None,
+                    "weight": module.weight.detach(),
+                    "bias": None if module.bias is None or bias is not None else module.bias.detach(),
+                    "scaling": adapter.settings.scaling,
+                    "factors": {n: p.detach() for n, p in adapter.named_parameters()},
+                    "gradients": {n: p.grad for n, p in adapter.named_parameters()},
+                }
+            )
     return found
 
 
@@ -298,5 +301,9 @@ def decomposed(case: Case) -> dict[str, Any]:
         left = {}
         for path, adapters in _adapters(chunks[0]):
             if not adapters.site.grouped:
-                left[path] = (weights[f"{path}.weight"], adapters["default"].update(), adapters.site.weights()[0].clone())
+                left[path] = (
+                    weights[f"{path}.weight"],
+                    adapters["default"].update(),
+                    adapters.site.weights()[0].clone(),
+                )
         return {"before": before, "after": after, "layers": left}

@@ -177,9 +177,7 @@ def shards(chunks, pg, values) -> list[tuple[str, tuple[int, ...], tuple[int, ..
                 entry.data = value
                 parts = [entry]
             for part in parts:
-                data = part.data.detach().clone().reshape(
-                    [1] * part.prepend_axis_num + list(part.data.shape)
-                )
+                data = part.data.detach().clone().reshape([1] * part.prepend_axis_num + list(part.data.shape))
                 found.append((part.key, tuple(part.global_shape), tuple(part.global_offset), data))
     return found
 
@@ -285,9 +283,9 @@ def gradient_norm(parameters, pg) -> float:
 
 def cross_entropy(logits, labels, pg):
     """Mean loss of vocabulary-parallel logits."""
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-
     import inspect
+
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     options = {"tp_group": pg.tp} if "tp_group" in inspect.signature(vocab_parallel_cross_entropy).parameters else {}
     return vocab_parallel_cross_entropy(logits.float().contiguous(), labels, **options).mean()

@@ -71,16 +71,18 @@ def either_order(case: Case, form: str) -> list[dict[str, Any]]:
             logits = logits_of(chunks[0])
             cross_entropy(logits, batch(0)[1], pg).backward()
             named = dict(chunks[0].named_parameters())
-            found.append({
-                "start": start,
-                "logits": logits.detach(),
-                "gradients": {n: p.grad for n, p in named.items() if ".adapter." in n},
-                "trained": sorted(n for n, p in named.items() if p.requires_grad),
-                "quantizers": sum(type(m).__name__ == "TensorQuantizer" for m in chunks[0].modules()),
-                "in_adapters": sum(
-                    type(m).__name__ == "TensorQuantizer" and ".adapter." in n for n, m in chunks[0].named_modules()
-                ),
-            })
+            found.append(
+                {
+                    "start": start,
+                    "logits": logits.detach(),
+                    "gradients": {n: p.grad for n, p in named.items() if ".adapter." in n},
+                    "trained": sorted(n for n, p in named.items() if p.requires_grad),
+                    "quantizers": sum(type(m).__name__ == "TensorQuantizer" for m in chunks[0].modules()),
+                    "in_adapters": sum(
+                        type(m).__name__ == "TensorQuantizer" and ".adapter." in n for n, m in chunks[0].named_modules()
+                    ),
+                }
+            )
     return found
 
 

@@ -25,15 +25,28 @@ NAMES = {
 
 def test_importing_needs_neither_torch_nor_megatron():
     heavy = ("torch", "megatron", "peft", "modelopt", "transformers")
-    code = f"import sys, bridge_peft, bridge_peft.config, bridge_peft.placement, bridge_peft.targets\nbridge_peft.LoraConfig()\nprint([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, bridge_peft, bridge_peft.config, bridge_peft.placement, bridge_peft.targets\n"
+        f"bridge_peft.LoraConfig()\nprint([name for name in {heavy} if name in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [("bf16", "bf16"), ("bfloat16", "bf16"), ("torch.bfloat16", "bf16"), ("FP16", "fp16"), ("half", "fp16")]
-    + [("float16", "fp16"), ("fp32", "fp32"), ("float", "fp32"), ("torch.float32", "fp32"), (None, None)],
+    [
+        ("bf16", "bf16"),
+        ("bfloat16", "bf16"),
+        ("torch.bfloat16", "bf16"),
+        ("FP16", "fp16"),
+        ("half", "fp16"),
+        ("float16", "fp16"),
+        ("fp32", "fp32"),
+        ("float", "fp32"),
+        ("torch.float32", "fp32"),
+        (None, None),
+    ],
 )
 def test_dtypes_are_normalised(given, name):
     assert lora_dtype_name(given) == name
@@ -51,7 +64,7 @@ def test_a_torch_dtype_is_a_dtype_too():
     ("options", "words"),
     [
         ({"lora_dtype": "fp8"}, ["bf16, bfloat16, fp16, float16, half, fp32, float32, float", "'fp8'"]),
-        ({"lora_dtype": 16}, ["'16'" if False else "16"]),
+        ({"lora_dtype": 16}, ["16"]),
         ({"r": 0}, ["rank", "r", "0"]),
         ({"r": True}, ["rank", "True"]),
         ({"rank_pattern": {"linear_fc1": -1}}, ["rank_pattern['linear_fc1']", "-1"]),
@@ -78,7 +91,9 @@ def test_what_makes_no_sense_is_refused(options, words):
 
 
 def test_ranks_and_scalings_follow_patterns():
-    config = LoraConfig(r=8, lora_alpha=16, rank_pattern={r"layers\.3\..*linear_fc1": 2}, alpha_pattern={"linear_fc1": 6})
+    config = LoraConfig(
+        r=8, lora_alpha=16, rank_pattern={r"layers\.3\..*linear_fc1": 2}, alpha_pattern={"linear_fc1": 6}
+    )
     assert config.rank("decoder.layers.3.mlp.linear_fc1") == 2
     assert config.scaling("decoder.layers.3.mlp.linear_fc1") == 3
     assert config.rank("decoder.layers.13.mlp.linear_fc1") == 8

@@ -24,7 +24,11 @@ VARIANTS = {
     "lora": {"r": 4, "lora_alpha": 12},
     "rslora": {"r": 4, "use_rslora": True, "rank_pattern": {"linear_fc1": 6}, "alpha_pattern": {"linear_proj": 3}},
     "canonical": {"r": 4, "variant": "canonical"},
-    "canonical-some": {"r": 4, "variant": "canonical", "target_modules": ["linear_k", "linear_v", "up_proj", "linear_proj"]},
+    "canonical-some": {
+        "r": 4,
+        "variant": "canonical",
+        "target_modules": ["linear_k", "linear_v", "up_proj", "linear_proj"],
+    },
     "dora": {"r": 4, "use_dora": True},
     "canonical-dora": {"r": 4, "use_dora": True, "variant": "canonical"},
     "shared": {"r": 4, "expert_adapters": "shared"},
@@ -71,9 +75,15 @@ def test_defaults_adapt_every_linear_layer_but_the_output_layer(rank_pool):
     ],
 )
 def test_shapes_of_the_factors_of_grouped_experts(rank_pool, mode, shapes):
-    case = Case(MOE, lora={"r": 4, "expert_adapters": mode, "target_modules": ["experts.linear_fc1", "experts.linear_fc2"]})
+    case = Case(
+        MOE, lora={"r": 4, "expert_adapters": mode, "target_modules": ["experts.linear_fc1", "experts.linear_fc2"]}
+    )
     (found,) = rank_pool.run(layer_jobs.start, case, ranks=[0])
-    names = [f"decoder.layers.0.mlp.experts.{fc}.adapter.default.{f}" for fc in ("linear_fc1", "linear_fc2") for f in ("lora_A", "lora_B")]
+    names = [
+        f"decoder.layers.0.mlp.experts.{fc}.adapter.default.{f}"
+        for fc in ("linear_fc1", "linear_fc2")
+        for f in ("lora_A", "lora_B")
+    ]
     assert tuple(found["shapes"][name] for name in names) == shapes
 
 
@@ -137,10 +147,14 @@ def test_grouped_and_sequential_experts_load_each_others_checkpoints(rank_pool, 
         (tmp_path / folder).mkdir()
     layout = {"tp": 2, "dp": 2, "ep": 2, "etp": 2}
     other = SEQUENTIAL if variant in ("lora", "dora") or not singleton else MOE
-    ((first, logits),) = rank_pool.run(layer_jobs.checkpoint, Case(MOE, lora=lora, save=folders[0]), metadata=metadata, ranks=[0])
+    ((first, logits),) = rank_pool.run(
+        layer_jobs.checkpoint, Case(MOE, lora=lora, save=folders[0]), metadata=metadata, ranks=[0]
+    )
     case = Case(other, layout, lora, load=folders[0], save=folders[1])
     middle = rank_pool.run(layer_jobs.checkpoint, case, metadata=metadata, ranks=range(4))
-    ((last, last_logits),) = rank_pool.run(layer_jobs.checkpoint, Case(MOE, lora=lora, load=folders[1]), metadata=metadata, ranks=[0])
+    ((last, last_logits),) = rank_pool.run(
+        layer_jobs.checkpoint, Case(MOE, lora=lora, load=folders[1]), metadata=metadata, ranks=[0]
+    )
     for _, found in middle:
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last_logits, logits, rtol=0, atol=0)
@@ -152,7 +166,12 @@ def test_grouped_and_sequential_experts_load_each_others_checkpoints(rank_pool, 
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [("dense", {"tp": 2}), ("moe", {"tp": 2, "ep": 2, "etp": 1}), ("moe", {"tp": 2}), ("sequential", {"ep": 2, "dp": 2})],
+    [
+        ("dense", {"tp": 2}),
+        ("moe", {"tp": 2, "ep": 2, "etp": 1}),
+        ("moe", {"tp": 2}),
+        ("sequential", {"ep": 2, "dp": 2}),
+    ],
 )
 def test_initial_factors_do_not_depend_on_the_layout(rank_pool, model, layout):
     lora = {"r": 4, "seed": 7}
@@ -173,7 +192,11 @@ def test_initial_factors_do_not_depend_on_the_layout(rank_pool, model, layout):
 
 @pytest.mark.parametrize(
     ("lora_dtype", "base", "expected"),
-    [("fp32", "bfloat16", "torch.float32"), ("bfloat16", "float32", "torch.bfloat16"), (None, "bfloat16", "torch.bfloat16")],
+    [
+        ("fp32", "bfloat16", "torch.float32"),
+        ("bfloat16", "float32", "torch.bfloat16"),
+        (None, "bfloat16", "torch.bfloat16"),
+    ],
 )
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_lora_dtype_is_kept_and_none_follows_the_model(rank_pool, model, lora_dtype, base, expected):
@@ -204,7 +227,9 @@ def test_dropout_acts_while_training_only(rank_pool):
 def test_dora_against_peft(rank_pool, fields):
     """Values and gradients against peft's own layer, on the same weight, factors and input."""
     peft = pytest.importorskip("peft")
-    layers = rank_pool.run(layer_jobs.dora_layers, Case(fields, lora={"r": 4, "lora_alpha": 6, "use_dora": True}), ranks=[0])[0]
+    layers = rank_pool.run(
+        layer_jobs.dora_layers, Case(fields, lora={"r": 4, "lora_alpha": 6, "use_dora": True}), ranks=[0]
+    )[0]
     assert layers
     for found in layers:
         weight = found["weight"]

@@ -1,5 +1,7 @@
 """Adapters in parallel: every layout gives the gradients, the step and the checkpoint of a single rank."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("megatron.core")
@@ -19,7 +21,10 @@ LAYOUTS = {
 }
 MODELS = {
     "dense": (DENSE, {"r": 4, "lora_alpha": 8}),
-    "dense-all": (DENSE, {"r": 4, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]}),
+    "dense-all": (
+        DENSE,
+        {"r": 4, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]},
+    ),
     "dense-dora": (DENSE, {"r": 4, "lora_alpha": 8, "use_dora": True}),
     "biased-dora": (BIASED, {"r": 4, "lora_alpha": 8, "use_dora": True}),
     "canonical": (DENSE, {"r": 4, "variant": "canonical"}),
@@ -57,6 +62,10 @@ def reference(rank_pool, tmp_path_factory):
     return make
 
 
+def named(kind, factor, text):
+    return f"{kind} of {factor}: {text}"
+
+
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_gradients_and_a_step_are_those_of_one_rank(rank_pool, reference, name, layout):
     """Loaded from the single rank's checkpoint, so that it is a test of saving and loading at other layouts too."""
@@ -67,9 +76,9 @@ def test_gradients_and_a_step_are_those_of_one_rank(rank_pool, reference, name, 
     for key in ("grads", "after"):
         whole, single = (assemble([answer[key] for answer in found]) for found in (answers, [expected]))
         assert whole.keys() == single.keys()
-        for name, value in single.items():
-            assert value.abs().max() > 0, name
-            torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=2e-6, msg=lambda t, n=name: f"{key} {n}: {t}")
+        for factor, value in single.items():
+            assert value.abs().max() > 0, factor
+            torch.testing.assert_close(whole[factor], value, rtol=1e-4, atol=2e-6, msg=partial(named, key, factor))
     for answer in answers:
         assert answer["norm"] == pytest.approx(expected["norm"], rel=1e-4)
         assert answer["losses"] == pytest.approx(expected["losses"], rel=1e-5)

@@ -7,7 +7,7 @@ from bridge_peft.placement import Linear, Part, check_cut, factors, fused_parts,
 
 torch = pytest.importorskip("torch")
 
-from bridge_peft.layers.experts import by_expert, rows_by_expert, splits_of  # noqa: E402 - after the skip
+from bridge_peft.layers.experts import by_expert, grouped_mm, rows_by_expert, splits_of  # noqa: E402 - after the skip
 
 
 @pytest.mark.parametrize("mode", ["column", "row", "replicated"])
@@ -43,8 +43,14 @@ def cut(whole, dim, blocks, rank, size):
 
 @pytest.mark.parametrize(
     ("mode", "sharing", "shared"),
-    [("column", "each", ""), ("row", "each", ""), ("column", "shared", "AB"), ("row", "shared", "AB")]
-    + [("column", "shared_outer", "A"), ("row", "shared_outer", "B")],
+    [
+        ("column", "each", ""),
+        ("row", "each", ""),
+        ("column", "shared", "AB"),
+        ("row", "shared", "AB"),
+        ("column", "shared_outer", "A"),
+        ("row", "shared_outer", "B"),
+    ],
 )
 def test_what_experts_share(mode, sharing, shared):
     made = factors(Linear(mode, 12, 24, experts=4), 3, sharing=sharing)
@@ -80,7 +86,10 @@ def test_sums_that_gradients_lack():
     column, row = Linear("column", 8, 8), Linear("row", 8, 8)
     options = {"communicates": True, "sequence_parallel": True}
     found = {m.mode: {n: missing_sum(m, f, **options) for n, f in factors(m, 2).items()} for m in (column, row)}
-    assert found == {"column": {"lora_A": "sequence", "lora_B": "none"}, "row": {"lora_A": "none", "lora_B": "sequence"}}
+    assert found == {
+        "column": {"lora_A": "sequence", "lora_B": "none"},
+        "row": {"lora_A": "none", "lora_B": "sequence"},
+    }
     options = {"communicates": False, "sequence_parallel": True}
     assert missing_sum(column, factors(column, 2)["lora_A"], **options) == "factor"
     experts = Linear("row", 8, 8, experts=4)
@@ -105,3 +114,19 @@ def test_each_token_meets_its_experts_matrix_and_padding_gives_zeros():
 def test_more_tokens_than_there_are_is_refused():
     with pytest.raises(LayoutError, match="at most 5"):
         splits_of([3, 3], 5, where="decoder.layers.0.mlp.experts.linear_fc1")
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped matrix product")
+def test_the_grouped_kernel_gives_what_the_loop_gives():
+    torch.manual_seed(0)
+    splits = [3, 0, 5]
+    found = []
+    for function in (by_expert, grouped_mm):
+        torch.manual_seed(0)
+        x = torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(3, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+        output = function(x, weight, splits)
+        output.backward(torch.randn(10, 8).to(torch.bfloat16))
+        found.append((output.detach(), x.grad, weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

@@ -47,7 +47,9 @@ def test_svdquant_leaves_the_tail_of_the_singular_values(rank_pool, fields, form
 
 def test_svdquant_on_two_ranks_gives_the_product_of_one(rank_pool, tmp_path):
     """Signs of singular vectors are free, so products are compared."""
-    (single,) = rank_pool.run(quant_jobs.residuals, Case(DENSE, lora=SVD, spec="local", save=str(tmp_path)), "INT8", RANK, ranks=[0])
+    (single,) = rank_pool.run(
+        quant_jobs.residuals, Case(DENSE, lora=SVD, spec="local", save=str(tmp_path)), "INT8", RANK, ranks=[0]
+    )
     case = Case(DENSE, {"tp": 2}, SVD, spec="local", load=str(tmp_path))
     several = rank_pool.run(quant_jobs.residuals, case, "INT8", RANK, ranks=[0, 1])
     one, two = assemble([single["factors"]]), assemble([answer["factors"] for answer in several])

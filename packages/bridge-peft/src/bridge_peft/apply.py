@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError, preview
 from bridge_core.extras import require
-
 from bridge_peft.config import LoraConfig
 from bridge_peft.dtypes import torch_dtype
 from bridge_peft.targets import check_used, match
@@ -65,9 +64,7 @@ class LoraReport:
         return "\n".join(lines)
 
 
-def apply_lora(
-    model: Any, config: LoraConfig, groups: Any = None, *, adapter_name: str = "default"
-) -> LoraReport:
+def apply_lora(model: Any, config: LoraConfig, groups: Any = None, *, adapter_name: str = "default") -> LoraReport:
     """Freeze a model and add an adapter to each of its linear layers that the configuration means.
 
     Call it on the bare model, before DDP and the optimizer are made (they look at which parameters are
@@ -90,7 +87,6 @@ def apply_lora(
     """
     require("megatron.core", extra="mcore", package="bridge-peft")
     from bridge_core.runtime.live import unwrap
-
     from bridge_peft.layers.sites import sites
 
     _check_name(adapter_name)
@@ -112,9 +108,7 @@ def apply_lora(
     return _report(chunks, meant, [site.name for _, site in found], config, matches.parts, adapter_name)
 
 
-def _add(
-    meant: list[tuple[nn.Module, Site]], parts: Any, config: LoraConfig, name: str
-) -> None:
+def _add(meant: list[tuple[nn.Module, Site]], parts: Any, config: LoraConfig, name: str) -> None:
     """Make the adapters, set their values, and join them to their layers."""
     from bridge_peft.init import initialise
     from bridge_peft.layers.adapter import LoraAdapter
@@ -315,7 +309,6 @@ def adapters_named(model: Any, names: Iterable[str]) -> list[Any]:
         ConfigError: a name that no layer has.
     """
     from bridge_core.runtime.live import unwrap
-
     from bridge_peft.layers.attach import adapters_of
 
     found = [adapters for chunk in unwrap(model) for _, adapters in adapters_of(chunk)]

@@ -9,7 +9,6 @@ from math import sqrt
 from typing import Any, Literal, get_args
 
 from bridge_core.errors import ConfigError
-
 from bridge_peft.dtypes import lora_dtype_name
 
 Variant = Literal["lora", "canonical"]

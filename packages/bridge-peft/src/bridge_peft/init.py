@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bridge_core.errors import ConfigError, preview
-
 from bridge_peft.layers.adapter import LoraAdapter
 from bridge_peft.layers.sites import Site
 from bridge_peft.layers.weights import input_scale, is_packed, weight_quantizers

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bridge_core.errors import ConfigError
-
 from bridge_peft.apply import adapters_named
 from bridge_peft.layers.attach import Adapters, adapters_of
 from bridge_peft.layers.weights import is_packed, used_weights, weight_quantizers

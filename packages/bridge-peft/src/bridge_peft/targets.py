@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bridge_core.errors import ConfigError, preview
-
 from bridge_peft.config import ALL_LINEAR, LoraConfig, pattern_key
 
 # Parts of fused linears under the names that canonical adapters have in Megatron-Bridge, and in Hugging Face models.

@@ -214,4 +214,3 @@ class LoraAdapter(nn.Module):
         """Rank, scaling and shapes."""
         shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in self.named_parameters())
         return f"r={self.settings.rank}, scaling={self.settings.scaling:g}, {shapes}"
-

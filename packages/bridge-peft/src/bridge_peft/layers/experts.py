@@ -53,8 +53,9 @@ def by_expert(x: Tensor, weight: Tensor, splits: Splits) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight)
     assert splits is not None
-    if weight.is_cuda and weight.dtype is torch.bfloat16 and not (x.shape[-1] * 2 % 16 or weight.shape[1] * 2 % 16):
-        return _grouped_mm(x, weight, splits)
+    aligned = not (x.shape[-1] * 2 % 16 or weight.shape[1] * 2 % 16)
+    if weight.is_cuda and weight.dtype is torch.bfloat16 and aligned and hasattr(torch, "_grouped_mm"):
+        return grouped_mm(x, weight, splits)
     # An expert without tokens takes part with an empty run, so that its factors get a (zero) gradient.
     rest = x.shape[0] - sum(splits)
     runs = x.split([*splits, rest])
@@ -64,8 +65,8 @@ def by_expert(x: Tensor, weight: Tensor, splits: Splits) -> Tensor:
     return torch.cat(outputs)
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, splits: Sequence[int]) -> Tensor:
-    """`by_expert` in one kernel; strides must be multiples of 16 bytes (torch 2.13, `torch._grouped_mm`)."""
+def grouped_mm(x: Tensor, weight: Tensor, splits: Sequence[int]) -> Tensor:
+    """`by_expert` in one kernel: bfloat16, strides of multiples of 16 bytes (torch 2.13, `torch._grouped_mm`)."""
     import torch
 
     used = sum(splits)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError
-
 from bridge_peft.placement import Linear, Mode, check_cut, fused_parts
 
 if TYPE_CHECKING:
@@ -132,13 +131,13 @@ def sites(chunk: nn.Module, groups: Any) -> Iterator[Site]:
         name = _global_name(path, numbers)
         mode, grouped = kind
         expert = _EXPERT.search(path)
-        local = first = 0
+        local = first = count = 0
         if expert:
             container = containers.get(path.rpartition(".local_experts.")[0] or path.rpartition(".")[0])
             count = int(getattr(container, "num_local_experts", 0) or getattr(module, "num_gemms", 0))
             first = groups.ep.rank() * count + int(expert[1] or 0)
             local = count if grouped else 1
-        yield _site(name, path, module, mode, grouped, first, local, count if expert else 0, groups)
+        yield _site(name, path, module, mode, grouped, first, local, count, groups)
 
 
 def _site(
