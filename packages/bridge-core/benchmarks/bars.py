@@ -37,7 +37,26 @@ def figures(results: dict[str, Any]) -> Iterator[Figure | None]:
         for name in ("import", "export"):
             yield from _direction(name, shape, found[name])
         yield None
+    for ranks, found in results["live"].items():
+        yield from _live(ranks, found)
+        yield None
     yield from _planning(results["planning"])
+
+
+def _live(ranks: str, found: dict[str, Any]) -> Iterator[Figure]:
+    layout = " x ".join(f"{name.upper()}{size}" for name, size in found["layout"].items()) or "one rank"
+    yield Figure(f"[bold]live, {ranks} rank(s)[/]", "", note=f"{layout}, {in_bytes(found['bytes'])}")
+    yield Figure("cp -r", _seconds(found["cp"]))
+    for name, verb in found.items():
+        if not isinstance(verb, dict) or "ratio" not in verb:
+            continue
+        shares = ", ".join(map(in_bytes, verb["bytes"]))
+        sent = f"; sent {', '.join(map(in_bytes, verb['sent']))}" if any(verb["sent"]) else ""
+        yield Figure(name, _seconds(verb["seconds"]), note=f"each rank's bytes: {shares}{sent}")
+        yield Figure("  of cp", f"{verb['ratio']:.2f} x")
+        yield Figure("  collectives per rank", f"{max(verb['collectives'])}")
+        yield Figure("  peak memory beyond the model", f"{max(verb['memory']) / MIB:.0f} MiB", note="not page cache")
+    yield Figure("Megatron-Bridge", found["megatron-bridge"])
 
 
 def _direction(what: str, shape: str, found: dict[str, Any]) -> Iterator[Figure]:
@@ -107,6 +126,8 @@ def _seconds(found: dict[str, float]) -> str:
 def busy_elsewhere(results: dict[str, Any]) -> float:
     """Processors that were busy with something else while conversions were timed: the median of all runs."""
     shapes = results["shapes"].values()
+    if not shapes:
+        return 0.0
     return median(run["others"] for found in shapes for name in ("import", "export") for run in found[name]["runs"])
 
 

@@ -21,7 +21,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     shapes = results["shapes"]
-    figure, axes = pyplot.subplots(1, len(shapes) + 1, figsize=(4.2 * (len(shapes) + 1), 3.6), layout="constrained")
+    size = (4.2 * (len(shapes) + 1), 3.6)
+    figure, grid = pyplot.subplots(1, len(shapes) + 1, figsize=size, layout="constrained", squeeze=False)
+    axes = grid[0]
     for panel, (shape, found) in zip(axes, shapes.items(), strict=False):
         _conversion(panel, shape, found)
     _planning(axes[-1], results["planning"])

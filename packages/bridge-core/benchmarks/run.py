@@ -1,4 +1,6 @@
-"""`hatch run bench`: conversions beside `cp -r` of the same bytes, and planning. See docs/benchmarks.md.
+"""`hatch run bench`: conversions and live models beside `cp -r` of the same bytes, and planning.
+
+See docs/benchmarks.md.
 
 Writes `bench.json` and `bench.png`, and prints a table with the bars that the figures are held to.
 """
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bars import table
-from conversions import measure_shape, program
+from conversions import make_source, measure_shape, program
+from live import LAYOUTS
 from measure import ChildFailedError, peak_memory, spread, timed
 from synthetic import SHAPES
 
@@ -29,6 +32,7 @@ from bridge_core.errors import BridgeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+LIVE = "qwen3-0.6b"
 CONVERTED = ("qwen3-1.7b", "many-small")
 PLANNED = "qwen3-235b-a22b"
 LAYOUT = {
@@ -80,6 +84,17 @@ def measure_planning(folder: Path, *, rounds: int) -> dict[str, Any]:
             "resident": peak_memory(command).resident,
         },
     }
+
+
+def measure_live(folder: Path, ranks: list[int], *, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Load and save of a live model, by the number of ranks; each in a process of its own, which starts them."""
+    source = make_source(LIVE, folder)
+    results = {}
+    for number in ranks:
+        say(f"{LIVE}: live on {number} rank(s)")
+        command = [sys.executable, str(Path(__file__).with_name("live.py")), str(source), str(folder)]
+        results[str(number)] = json.loads(timed([*command, str(number), str(rounds)]).output.splitlines()[-1])
+    return results
 
 
 def machine() -> dict[str, Any]:
@@ -134,6 +149,7 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
         results["machine"]["file_system"] = file_system(folder)
         say(f"planning {PLANNED}")
         results["planning"] = measure_planning(folder, rounds=arguments.rounds)
+        results["live"] = measure_live(folder, arguments.live, rounds=arguments.rounds, say=say)
         results["shapes"] = {
             shape: measure_shape(shape, folder, rounds=arguments.rounds, options=arguments.option, say=say)
             for shape in arguments.shape
@@ -145,8 +161,11 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = [shape for shape in SHAPES if shape != PLANNED]
-    parser.add_argument("--shape", nargs="+", choices=shapes, default=list(CONVERTED), help="default: all of them")
+    shapes = [shape for shape in SHAPES if shape not in (PLANNED, LIVE)]
+    parser.add_argument("--shape", nargs="*", choices=shapes, default=list(CONVERTED), help="default: both")
+    parser.add_argument(
+        "--live", nargs="*", type=int, choices=LAYOUTS, default=list(LAYOUTS), help="numbers of ranks; default: 1 2 4"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="default: %(default)s")
     parser.add_argument(

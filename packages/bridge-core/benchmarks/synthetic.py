@@ -33,6 +33,18 @@ SHAPES: dict[str, dict] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    "qwen3-0.6b": _COMMON
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "many-small": _COMMON
     | {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -68,11 +80,13 @@ SHAPES: dict[str, dict] = {
 }
 
 
-def write(config: dict, folder: Path, *, dtype: str = "BF16", seed: int = 0) -> int:
+def write(
+    config: dict, folder: Path, *, dtype: str = "BF16", seed: int = 0, max_shard_size: int = 5_000_000_000
+) -> int:
     """Write a checkpoint of a configuration; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(family_for(config), family_for(config).to_megatron(config), ParallelLayout())
-    layout = lay_out_files(plan.hf_tensors, dict.fromkeys(plan.hf_tensors, dtype), 5_000_000_000)
+    layout = lay_out_files(plan.hf_tensors, dict.fromkeys(plan.hf_tensors, dtype), max_shard_size)
     random = np.random.default_rng(seed)
     block = random.integers(0, 256, 1 << 24, dtype=np.uint8).tobytes()
     for file in layout.files:
@@ -91,4 +105,6 @@ def write(config: dict, folder: Path, *, dtype: str = "BF16", seed: int = 0) -> 
 
 
 if __name__ == "__main__":
-    print(write(SHAPES[sys.argv[1]], Path(sys.argv[2])))
+    # Live ranks write files side by side: several, so that each may have one.
+    limit = {"qwen3-0.6b": 200_000_000}.get(sys.argv[1], 5_000_000_000)
+    print(write(SHAPES[sys.argv[1]], Path(sys.argv[2]), max_shard_size=limit))

@@ -22,7 +22,7 @@ from bridge_core.cli.options import UsageError, parse
 from bridge_core.cli.progress import bar
 from bridge_core.cli.tables import in_bytes, in_count, table
 
-QWEN3_235B = Path(__file__).parent / "data" / "qwen3-235b-a22b.json"
+QWEN3_235B = Path(__file__).parent / "published" / "qwen3-235b-a22b.json"
 LAYOUT_235B = [
     *("--tp", "4", "--pp", "4", "--ep", "8"),
     *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),

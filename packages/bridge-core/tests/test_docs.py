@@ -148,6 +148,16 @@ def test_every_public_name_is_in_the_reference():
     assert {name: home for name, home in homes.items() if home not in documented} == {}
 
 
+def test_the_picture_of_the_architecture_is_what_the_imports_are_held_to():
+    """Rooms of the picture, from the top down, are those of the contract, and none is missing."""
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    picture = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1]
+    drawn = re.findall(r"^ {3}(?:│ )? *([a-z]+) {2,}", picture, re.MULTILINE)
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    contract = settings["tool"]["importlinter"]["contracts"][0]
+    assert drawn == [room.strip() for layer in contract["layers"] for room in layer.split("|")]
+
+
 def test_every_decision_fits_a_screen_and_is_listed():
     listed = (DOCS / "decisions" / "index.md").read_text(encoding="utf-8")
     decisions = sorted((DOCS / "decisions").glob("0*.md"))

@@ -161,7 +161,7 @@ def test_ignored_tensors_are_reported_not_dropped_in_silence():
 @pytest.mark.parametrize(
     ("config", "layout", "words"),
     [
-        ("llama", {"tp": 3}, ["attention heads", "multiple of tp=3", "8 heads"]),
+        ("llama", {"tp": 3}, ["attention heads", "multiple of tp=3", "8"]),
         ("llama", {"tp": 16}, ["attention heads", "tp=16"]),
         ("llama", {"pp": 3}, ["4", "pp=3"]),
         ("llama", {"ep": 2}, ["no experts", "ep=2"]),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from bridge_core.checkpoint.convert import Options, Report
     from bridge_core.runtime.describe import LocalShard, M2NEntry, WeightSource
+    from bridge_core.runtime.live import LiveModel
     from bridge_core.runtime.load import LoadReport
     from bridge_core.runtime.megatron_ckpt import MegatronReport
     from bridge_core.runtime.provider import Provider, Spec
@@ -36,19 +37,35 @@ class AutoBridge:
         family: the model family that was found for it.
         fields: the model's Megatron fields (`TransformerConfig` fields and what `GPTModel` takes beside them).
         path: the HF folder, or None.
+        ignore: patterns (as in a shell) of HF names that are left out.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], *, path: Path | None = None, ignore_options: Sequence[str] = ()
+        self,
+        config: Mapping[str, Any],
+        *,
+        path: Path | None = None,
+        ignore: Sequence[str] = (),
+        ignore_options: Sequence[str] = (),
     ) -> None:
         self.config = dict(config)
         self.path = path
+        self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
-        self.fields: Fields = self.family.to_megatron(self.config, ignore=ignore_options)
+        self.fields: Fields = self.family.without(
+            self.family.to_megatron(self.config, ignore=ignore_options), self.ignore
+        )
 
     @classmethod
-    def from_hf_pretrained(cls, path: str | Path, *, ignore_options: Sequence[str] = ()) -> AutoBridge:
+    def from_hf_pretrained(
+        cls, path: str | Path, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()
+    ) -> AutoBridge:
         """A bridge for the model in an HF folder. Only config.json is read here.
+
+        Args:
+            path: HF folder.
+            ignore: patterns (as in a shell) of HF names to leave out: `mtp.*`, `model.visual.*`. Reports name them.
+            ignore_options: options of config.json to leave out of account although the family does not know them.
 
         Raises:
             CheckpointError: there is no such folder, or it has no config.json.
@@ -56,10 +73,13 @@ class AutoBridge:
         """
         folder = Path(path)
         config = read_config(folder)
-        return cls(config, path=folder if folder.is_dir() else folder.parent, ignore_options=ignore_options)
+        where = folder if folder.is_dir() else folder.parent
+        return cls(config, path=where, ignore=ignore, ignore_options=ignore_options)
 
     @classmethod
-    def from_hf_config(cls, config: Any, *, ignore_options: Sequence[str] = ()) -> AutoBridge:
+    def from_hf_config(
+        cls, config: Any, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()
+    ) -> AutoBridge:
         """A bridge for a configuration without weights: a dict, or a transformers `PretrainedConfig`."""
         if not isinstance(config, Mapping):
             if not hasattr(config, "to_diff_dict"):
@@ -69,7 +89,7 @@ class AutoBridge:
                     got=type(config).__name__,
                 )
             config = {"architectures": config.architectures or [], **config.to_dict()}
-        return cls(config, ignore_options=ignore_options)
+        return cls(config, ignore=ignore, ignore_options=ignore_options)
 
     @staticmethod
     def list_supported_models() -> list[str]:
@@ -98,6 +118,8 @@ class AutoBridge:
             dtype=self.dtype,
             dtypes=dtypes,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            inventory=folder.shapes if folder else None,
+            ignore=self.ignore,
         )
 
     @property
@@ -131,8 +153,10 @@ class AutoBridge:
 
         run, rest = _split(options)
         source = self.path if self._weights() else None
-        given = {} if source else {"hf_config": self.config}
-        return convert.export_ckpt(megatron_path, hf_path, options=run, **{"source": source, **given, **rest})
+        given: dict[str, Any] = {"source": source, "ignore": self.ignore}
+        if source is None:
+            given["hf_config"] = self.config
+        return convert.export_ckpt(megatron_path, hf_path, options=run, **{**given, **rest})
 
     # --- Live models ---------------------------------------------------------------------------
 
@@ -150,7 +174,9 @@ class AutoBridge:
         """Fill a live model from this bridge's folder, or `path`. Collective; see `runtime.load.load_hf_weights`."""
         from bridge_core.runtime.load import load_hf_weights
 
-        return load_hf_weights(model, self._folder(path), self.family, self.fields, **options)
+        return load_hf_weights(
+            model, self._folder(path), self.family, self.fields, **{"ignore": self.ignore, **options}
+        )
 
     def save_hf_pretrained(self, model: Any, path: str | Path, **options: Any) -> SaveReport:
         """Write a live model as an HF folder. Collective; see `runtime.save.save_hf_pretrained`.
@@ -159,7 +185,11 @@ class AutoBridge:
         """
         from bridge_core.runtime.save import save_hf_pretrained
 
-        given = {"config": self.config, "source": self.path if self._weights() else None}
+        given = {
+            "config": self.config,
+            "source": self.path if self._weights() else None,
+            "ignore": self.ignore,
+        }
         return save_hf_pretrained(model, path, self.family, self.fields, **(given | options))
 
     def save_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
@@ -169,7 +199,7 @@ class AutoBridge:
         """
         from bridge_core.runtime.megatron_ckpt import save_megatron_model
 
-        given: dict[str, Any] = {"hf_config": self.config}
+        given: dict[str, Any] = {"hf_config": self.config, "ignore": self.ignore}
         return save_megatron_model(model, path, self.family, self.fields, **(given | options))
 
     def load_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
@@ -179,14 +209,13 @@ class AutoBridge:
         """
         from bridge_core.runtime.megatron_ckpt import load_megatron_model
 
-        return load_megatron_model(model, path, self.family, self.fields, **options)
+        return load_megatron_model(model, path, self.family, self.fields, **{"ignore": self.ignore, **options})
 
     def stream(self, model: Any, *, groups: Any = None, **options: Any) -> Stream:
         """The export of a live model, planned once for many passes. See `runtime.stream.Stream`."""
-        from bridge_core.runtime.live import open_live
         from bridge_core.runtime.stream import Stream
 
-        return Stream(open_live(model, self.family, self.fields, groups=groups), **options)
+        return Stream(self._live(model, groups), **options)
 
     def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """Every HF tensor of a live model as (name, tensor), in one order on all ranks. Collective, lazy.
@@ -205,16 +234,14 @@ class AutoBridge:
         See `runtime.describe.iter_local_shards`.
         """
         from bridge_core.runtime.describe import iter_local_shards
-        from bridge_core.runtime.live import open_live
 
-        return iter_local_shards(open_live(model, self.family, self.fields, groups=groups))
+        return iter_local_shards(self._live(model, groups))
 
     def m2n_entries(self, model: Any, *, groups: Any = None) -> list[M2NEntry]:
         """A manifest entry per HF tensor that this rank holds a part of. See `runtime.describe.m2n_entries`."""
         from bridge_core.runtime.describe import m2n_entries
-        from bridge_core.runtime.live import open_live
 
-        return m2n_entries(open_live(model, self.family, self.fields, groups=groups))
+        return m2n_entries(self._live(model, groups))
 
     def weight_source(self, model: Any, *, cpu: bool = False, **options: Any) -> WeightSource:
         """A live model as vLLM's `WeightSource` protocol has it. See `runtime.describe.WeightSource`.
@@ -227,6 +254,11 @@ class AutoBridge:
         from bridge_core.runtime.describe import WeightSource
 
         return WeightSource(self.stream(model, **options), cpu=cpu)
+
+    def _live(self, model: Any, groups: Any) -> LiveModel:
+        from bridge_core.runtime.live import open_live
+
+        return open_live(model, self.family, self.fields, groups=groups, ignore=self.ignore)
 
     def _folder(self, path: str | Path | None) -> Path:
         if path is None and self.path is None:

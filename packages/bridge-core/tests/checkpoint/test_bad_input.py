@@ -90,14 +90,35 @@ def huge_header(hf):
     (hf / FIRST).write_bytes(data)
 
 
-def overlapping_tensors(hf):
-    data = (hf / FIRST).read_bytes()
+def _header(path: Path, change) -> None:
+    data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    first, second = list(header)[:2]
-    header[second]["data_offsets"] = header[first]["data_offsets"]
+    change(header)
     text = json.dumps(header).encode()
-    (hf / FIRST).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def overlapping_tensors(hf):
+    def overlap(header):
+        first, second = list(header)[:2]
+        header[second]["data_offsets"] = header[first]["data_offsets"]
+
+    _header(hf / FIRST, overlap)
+
+
+def negative_sizes(hf):
+    """Two of them make a number of bytes that fits."""
+
+    def negate(header):
+        entry = next(entry for entry in header.values() if len(entry["shape"]) == 2)
+        entry["shape"] = [-extent for extent in entry["shape"]]
+
+    _header(hf / FIRST, negate)
+
+
+def an_older_single_file(hf):
+    shutil.copy(hf / FIRST, hf / "model.safetensors")
 
 
 def unknown_dtype(hf):
@@ -235,6 +256,8 @@ HF_CASES = {
     header_is_no_json: ["not a valid safetensors file", FIRST],
     huge_header: ["not a valid safetensors file", FIRST, str(1 << 40)],
     overlapping_tensors: ["not a valid safetensors file", FIRST],
+    negative_sizes: ["not a valid safetensors file", "none of a tensor"],
+    an_older_single_file: ["two checkpoints", "model.safetensors", INDEX],
     unknown_dtype: ["element type", "Q32", FIRST],
     index_is_no_json: ["not valid JSON", INDEX],
     index_without_a_map: ["weight_map", INDEX],
@@ -262,7 +285,7 @@ HF_CASES = {
     fewer_layers: ["unexpected 9", "model.layers.3."],
     more_layers: ["missing 9", "model.layers.4."],
     other_width: ["(48, 12)", "(24, 12)"],
-    tied_in_the_configuration_only: ["unexpected 1: lm_head.weight"],
+    tied_in_the_configuration_only: ["lm_head.weight", "not the copy", "model.embed_tokens.weight"],
 }
 
 
@@ -273,6 +296,11 @@ def test_a_broken_hf_folder_is_refused(tmp_path, breaks):
     error = refused(lambda: import_ckpt(hf, tmp_path / "out" / "megatron"), *HF_CASES[breaks])
     assert not (tmp_path / "out").exists()
     assert isinstance(error, UnsafeCheckpointError) == ("outside" in str(error))
+
+
+def test_the_configuration_is_not_the_folder(tmp_path):
+    hf = write_hf(tmp_path / "hf")
+    refused(lambda: import_ckpt(hf / "config.json", tmp_path / "out"), "in place of a folder", "config.json")
 
 
 @pytest.mark.parametrize(("experts", "words"), [(6, "unexpected 24"), (10, "missing 24")])

@@ -41,7 +41,7 @@ def truncated_metadata(megatron):
 
 
 def latest_is_no_number(megatron):
-    (megatron / "latest_checkpointed_iteration.txt").write_text("release")
+    (megatron / "latest_checkpointed_iteration.txt").write_text("newest")
 
 
 def truncated_distcp(megatron):

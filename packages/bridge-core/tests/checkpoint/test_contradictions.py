@@ -8,11 +8,14 @@ import os
 import numpy as np
 import pytest
 from hf_folders import change_json, tensors_of, write_folder, write_hf
+from refusals import refused
 from simulation import CONFIGS
 
 from bridge_core import export_ckpt, import_ckpt
 from bridge_core.checkpoint.convert import Options
+from bridge_core.checkpoint.items import save_object
 from bridge_core.checkpoint.run_config import RUN_CONFIG
+from bridge_core.checkpoint.verify import verify
 from bridge_core.errors import BridgeError, CheckpointError, ConfigError, OutputError, UnsafeCheckpointError
 
 
@@ -65,6 +68,48 @@ def test_a_model_that_computes_something_else_is_no_llama(tmp_path, converted, f
     foreign(converted, **{field: value})
     with pytest.raises(ConfigError, match=rf"computes something else[\s\S]*{field}"):
         export_ckpt(converted, tmp_path / "out")
+
+
+def change_section(folder, **changes) -> None:
+    file = folder / "iter_0000000" / RUN_CONFIG
+    config = json.loads(file.read_text())
+    config["bridge_core"] |= changes
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"), [("megatron", None), ("megatron", [1]), ("hf_config", "abc"), ("family", 3)]
+)
+def test_a_damaged_record_is_refused_also_where_a_configuration_is_given(tmp_path, converted, name, value, given):
+    change_section(converted, **{name: value})
+    hf_config = CONFIGS["llama"] if given else None
+    words = ("is damaged", RUN_CONFIG, f"{name}: {value!r}")
+    refused(lambda: export_ckpt(converted, tmp_path / "out", hf_config=hf_config), *words)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_layers", "2"), ("num_attention_heads", 0), ("vocab_size", 3.5)])
+def test_sizes_that_are_no_sizes_are_refused(tmp_path, converted, name, value):
+    foreign(converted, **{name: value})
+    refused(lambda: export_ckpt(converted, tmp_path / "out"), "whole numbers", RUN_CONFIG, f"{name}={value!r}")
+
+
+def test_a_checkpoint_without_any_record_is_exported_with_a_given_configuration(tmp_path, converted):
+    """As torch.distributed.checkpoint alone writes one: neither run_config.yaml nor a common state."""
+    for name in (RUN_CONFIG, "common.pt"):
+        (converted / "iter_0000000" / name).unlink()
+    refused(lambda: export_ckpt(converted, tmp_path / "out"), "does not say how its model is configured", "--source")
+    export_ckpt(converted, tmp_path / "out", hf_config=CONFIGS["llama"])
+    assert verify(tmp_path / "hf", tmp_path / "out").ok
+
+
+def test_arguments_that_lack_one_are_said(tmp_path, converted):
+    """Megatron-LM's own record: its arguments, without run_config.yaml."""
+    (converted / "iter_0000000" / RUN_CONFIG).unlink()
+    args = {"untie_embeddings_and_output_weights": True, "num_layers": 2}
+    (converted / "iter_0000000" / "common.pt").write_bytes(save_object({"args": args}))
+    refused(lambda: export_ckpt(converted, tmp_path / "out"), "arguments lack one", "num_attention_heads")
+    export_ckpt(converted, tmp_path / "out", hf_config=CONFIGS["llama"])
 
 
 def test_options_ignored_on_the_way_in_are_no_obstacle_on_the_way_out(tmp_path):

@@ -7,7 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_folders import read_index, tensors_of, write_hf
+from hf_folders import read_index, tensors_of, write_folder, write_hf
 from simulation import CONFIGS
 
 from bridge_core import AutoBridge, export_ckpt, import_ckpt
@@ -48,6 +48,43 @@ def test_a_round_trip_gives_the_same_files(tmp_path, name):
     assert not (tmp_path / "alone" / "pytorch_model.bin").exists()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bytes_of_a_report_are_those_of_the_tensors(tmp_path, name):
+    """In both directions, whatever the files hold beside them; and those that progress is counted in."""
+    hf = write_hf(tmp_path / "hf", name, files=2)
+    tensors = sum(array.nbytes for array in tensors_of(CONFIGS[name]).values())
+    for run, source, output in ((import_ckpt, hf, "megatron"), (export_ckpt, tmp_path / "megatron", "back")):
+        steps, totals = [], []
+        report = run(source, tmp_path / output, options=Options(progress=steps.append), on_total=totals.append)
+        assert report.nbytes == tensors
+        assert [sum(steps)] == totals == [tensors]
+        assert report.moved.kernel + report.moved.gathered + report.moved.staged == tensors
+        assert report.output == tmp_path / output
+
+
+def test_only_the_top_config_json_is_made_anew(tmp_path):
+    """One in a subfolder is a file like any other, and comes back."""
+    hf = write_hf(tmp_path / "hf")
+    (hf / "onnx").mkdir()
+    (hf / "onnx" / "config.json").write_text('{"of": "something else"}')
+    import_ckpt(hf, tmp_path / "megatron")
+    report = export_ckpt(tmp_path / "megatron", tmp_path / "back")
+    assert report.carried == ("onnx/config.json", "tokenizer.json")
+    assert (tmp_path / "back" / "onnx" / "config.json").read_text() == '{"of": "something else"}'
+
+
+def test_the_dtype_of_the_model_is_that_of_most_elements(tmp_path):
+    """Five norms in fp32 are more tensors than three matrices in fp16, and fewer elements."""
+    tensors = {
+        name: array.astype("float32" if array.ndim == 1 else "float16")
+        for name, array in tensors_of(CONFIGS["llama"]).items()
+    }
+    write_folder(tmp_path / "hf", CONFIGS["llama"], tensors)
+    import_ckpt(tmp_path / "hf", tmp_path / "megatron")
+    section = json.loads((tmp_path / "megatron" / "iter_0000000" / RUN_CONFIG).read_text())["bridge_core"]
+    assert section["dtype"] == "F16"
+
+
 def test_a_dtype_is_converted_and_said_in_the_configuration(tmp_path):
     hf = write_hf(tmp_path / "hf", "llama")
     import_ckpt(hf, tmp_path / "megatron", options=Options(dtype="bf16"))
@@ -70,8 +107,6 @@ def test_files_are_split_by_size(tmp_path):
 
 def test_tensors_that_are_fused_must_agree_in_dtype(tmp_path):
     hf = write_hf(tmp_path / "hf", "llama")
-    from hf_folders import write_folder
-
     tensors = tensors_of(CONFIGS["llama"])
     name = "model.layers.1.self_attn.k_proj.weight"
     tensors[name] = tensors[name].astype(np.float16)
@@ -149,3 +184,14 @@ def test_equal_objects_are_stored_once(tmp_path):
     states = [place for key, place in objects.items() if "._extra_state/" in key]
     assert len(states) > 4 * 8 * 2
     assert len(set(states)) == 1
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_release_checkpoint_is_found_as_megatron_names_it(tmp_path, said):
+    hf, run = write_hf(tmp_path / "hf", "qwen3"), tmp_path / "run"
+    import_ckpt(hf, run)
+    (run / "iter_0000000").rename(run / "release")
+    latest = run / "latest_checkpointed_iteration.txt"
+    latest.write_text("release\n") if said else latest.unlink()
+    export_ckpt(run, tmp_path / "back", source=hf)
+    assert contents(tmp_path / "back") == contents(hf)

@@ -322,7 +322,7 @@ def test_numpy_has_the_same_types(row):
 
 
 def test_torch_is_not_imported():
-    modules = "torch_names, items, dcp, dcp_layout, megatron_files, pickles, tiling, zips"
+    modules = "torch_names, items, dcp, dcp_layout, megatron_files, pickles, zips"
     program = (
         f"import sys; from bridge_core.checkpoint import {modules}; items.tensor_item('BF16', (2,)); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'megatron', 'ml_dtypes')))"

@@ -13,10 +13,10 @@ import pytest
 from hf_folders import write_hf
 from refusals import left, refused
 
-from bridge_core.checkpoint import transfer
 from bridge_core.checkpoint.convert import Options, export_ckpt, import_ckpt
+from bridge_core.checkpoint.output import finished_folder
 from bridge_core.checkpoint.verify import verify
-from bridge_core.errors import OutputError
+from bridge_core.errors import CheckpointError, OutputError
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_folder(
         return write
 
     for name in ("pwrite", "pwritev"):
-        monkeypatch.setattr(transfer.os, name, pwrite_until_full(getattr(os, name)))
+        monkeypatch.setattr(os, name, pwrite_until_full(getattr(os, name)))
     options = Options(overwrite=overwrite)
     if direction == "import":
         run = lambda: import_ckpt(hf, out / "folder", options=options)  # noqa: E731
@@ -133,8 +133,88 @@ def test_a_limit_of_the_operating_system_is_reported_as_such(tmp_path, converted
 
 
 def test_two_runs_do_not_write_the_same_output(tmp_path, converted):
-    from bridge_core.checkpoint.output import finished_folder
-
     with finished_folder(tmp_path / "hf", overwrite=False):
         refused(lambda: export_ckpt(converted, tmp_path / "hf"), "another run")
     assert left(tmp_path) == ["hf"]
+
+
+def write_new(path, *, overwrite, meanwhile=lambda: None):
+    with finished_folder(path, overwrite=overwrite) as new:
+        (new / "new.txt").write_text("new")
+        meanwhile()
+
+
+def test_what_somebody_put_there_in_the_meantime_is_not_replaced(tmp_path):
+    def put_notes():
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("precious")
+
+    with pytest.raises(OutputError, match="already holds something"):
+        write_new(tmp_path / "out", overwrite=False, meanwhile=put_notes)
+    assert left(tmp_path) == ["out"]
+    assert left(tmp_path / "out") == ["notes.txt"]
+
+
+def test_the_old_folder_is_back_if_the_new_one_cannot_get_its_name(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source), None, str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OutputError, match="could not be written"):
+        write_new(tmp_path / "out", overwrite=True)
+    assert left(tmp_path) == ["out"]
+    assert left(tmp_path / "out") == ["old.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_a_source_that_cannot_be_opened_is_not_called_an_output(tmp_path, monkeypatch, number):
+    hf = write_hf(tmp_path / "hf")
+    opened = os.open
+
+    def refuse(path, flags, *rest, **options):
+        if str(path).endswith(".safetensors"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    words = ("could not be opened", str(hf), os.strerror(number))
+    error = refused(lambda: import_ckpt(hf, tmp_path / "megatron"), *words)
+    assert isinstance(error, CheckpointError)
+    assert ("ulimit" in str(error)) == (number == errno.EMFILE)
+    assert left(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_durable_output_is_on_the_disk_before_it_has_its_name_and_after(tmp_path, monkeypatch, converted, direction):
+    hf = write_hf(tmp_path / "hf")
+    out = tmp_path / "out" / "folder"
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor):
+        steps.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        steps.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    run = import_ckpt if direction == "import" else export_ckpt
+    run(hf if direction == "import" else converted, out, options=Options(durable=True))
+    at = steps.index("rename")
+    assert steps[at:] == ["rename", str(out.parent)]
+    everything = sorted(str(out.parent / ".folder.partial" / path.relative_to(out)) for path in (out, *out.rglob("*")))
+    assert sorted(steps[at - len(everything) : at]) == everything  # also what was written after the tensors
+
+
+def test_without_being_asked_nothing_waits_for_the_disk(tmp_path, monkeypatch, converted):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("fsync"))
+    export_ckpt(converted, tmp_path / "hf")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import tracemalloc
 from math import prod
 
 import ml_dtypes
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from bridge_core.checkpoint import transfer as module
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, share, transfer
+from bridge_core.dtypes import numpy_dtype
 from bridge_core.errors import CheckpointError
-from bridge_core.geometry import Piece, View
+from bridge_core.geometry import Piece, View, slabs
 
 PATHS = {"kernel": (1, 1), "gathered": (1 << 40, 1), "staged": (1 << 40, 1 << 40)}
 
@@ -110,12 +113,92 @@ def test_a_cast_is_the_nearest_value_and_bounded_blocks_change_nothing(tmp_path,
     assert np.array_equal(np.sort(data), np.sort(values[:32].astype(np.float32)))
 
 
-def test_a_source_that_ends_early_is_named(tmp_path):
-    (tmp_path / "source").write_bytes(bytes(100))
+@pytest.mark.parametrize(
+    ("source", "target", "value"),
+    [
+        ("F32", "F16", 65520.0),
+        ("BF16", "F16", 1e6),
+        ("F32", "BF16", 3.4e38),
+        ("F64", "BF16", 1e39),
+        ("F64", "F32", -1e39),
+    ],
+)
+def test_a_value_beyond_the_new_range_is_named(tmp_path, source, target, value):
+    """Beside values that are large and fit, and others that were not finite before."""
+    largest = (
+        65280.0
+        if source == "BF16"
+        else {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}[target]
+    )
+    for bad in (value, 1.0):
+        values = np.array([bad, largest, -largest, np.inf, np.nan]).astype(numpy_dtype(source))
+        values.tofile(tmp_path / "source")
+        view = View("t", 0, (1,))
+        stored = Stored(str(tmp_path / "source"), 0, source, (5,))
+        job = Job(Stored(str(tmp_path / "target"), 0, target, (5,)), ((stored, Piece((5,), view, view)),))
+        if bad == value:
+            with pytest.raises(
+                CheckpointError,
+                match=rf"do not fit[\s\S]*source[\s\S]*1 larger[\s\S]*{re.escape(str(float(values[0])))}",
+            ):
+                run(tmp_path, [job])
+        else:
+            assert run(tmp_path, [job]) == values.astype(numpy_dtype(target)).tobytes()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_source_that_ends_early_is_named(tmp_path, path, size):
+    """However its bytes are moved: none is made up."""
+    (tmp_path / "source").write_bytes(bytes(size))
     jobs = fused_jobs(str(tmp_path / "source"), str(tmp_path / "target"), 2, 4)
     (tmp_path / "target").write_bytes(bytes(1000))
+    kernel, gather = PATHS[path]
     with pytest.raises(CheckpointError, match=r"ended while it was being read[\s\S]*source[\s\S]*more bytes"):
-        transfer(jobs, kernel_run=1)
+        transfer(jobs, kernel_run=kernel, gather_run=gather)
+
+
+def test_a_kernel_that_copies_nothing_is_not_taken_at_its_word(tmp_path, monkeypatch):
+    np.arange(64, dtype=np.uint16).tofile(tmp_path / "source")
+    jobs = fused_jobs(str(tmp_path / "source"), str(tmp_path / "target"), 2, 4)
+    expected = run(tmp_path, jobs, kernel_run=1)
+    monkeypatch.setattr(os, "copy_file_range", lambda *arguments: 0)
+    assert run(tmp_path, jobs, kernel_run=1) == expected
+
+
+@given(st.lists(st.integers(0, 5), max_size=4).map(tuple), st.integers(1, 40))
+def test_blocks_are_bounded_and_follow_one_another(shape, most):
+    numbers = np.arange(prod(shape)).reshape(shape)
+    found = []
+    for box in slabs(shape, most):
+        assert box.numel <= most
+        found.append(numbers[tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))].ravel())
+    assert np.array_equal(np.concatenate(found), numbers.ravel())
+
+
+def test_gathering_holds_the_runs_of_one_block_at_a_time(tmp_path, monkeypatch):
+    """16 MB in runs of 256 bytes would be 65,536 Python objects and more."""
+    rows, width = 4 * 16_384, 128
+    source = np.random.default_rng(3).integers(0, 1 << 16, rows * width, dtype=np.uint16)
+    source.tofile(tmp_path / "source")
+    stored = Stored(str(tmp_path / "source"), 0, "BF16", (rows, width))
+    # Two tensors of half the rows, row by row in turn.
+    parts = []
+    for number in range(2):
+        view = View("hf", number * rows * width // 2, (width, 1))
+        parts.append((stored, Piece((rows // 2, width), view, View("m", number * width, (2 * width, 1)))))
+    job = Job(Stored(str(tmp_path / "target"), 0, "BF16", (rows, width)), tuple(parts))
+    monkeypatch.setattr(module, "STAGING", 1 << 18)
+    (tmp_path / "target").touch()
+    os.truncate(tmp_path / "target", source.nbytes)
+    tracemalloc.start()
+    try:
+        assert transfer([job], threads=1).gathered == source.nbytes
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "target").read_bytes() == source.reshape(2, rows // 2, width).swapaxes(0, 1).tobytes()
+    assert peak < 2_000_000
 
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 5))
@@ -126,3 +209,12 @@ def test_shares_are_disjoint_complete_and_in_order(sizes, workers):
     if sizes and max(sizes, default=0):
         biggest = max(sum(prod(job.target.shape) for job in part) for part in shares)
         assert biggest <= sum(sizes) / workers + max(sizes)
+
+
+def test_a_file_system_that_copies_nothing_is_not_taken_for_the_end_of_a_file(tmp_path, monkeypatch):
+    np.arange(64, dtype=np.uint16).tofile(tmp_path / "source")
+    jobs = fused_jobs(str(tmp_path / "source"), str(tmp_path / "target"), 2, 4)
+    (tmp_path / "target").write_bytes(bytes(1000))
+    monkeypatch.setattr(os, "copy_file_range", lambda *arguments: 0)
+    with pytest.raises(CheckpointError, match=r"copied nothing[\s\S]*source[\s\S]*0 bytes of a file of 128"):
+        transfer(jobs, kernel_run=1)

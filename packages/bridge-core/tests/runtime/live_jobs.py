@@ -6,7 +6,9 @@ from contextlib import ExitStack
 from typing import Any
 
 
-def round_trip(path: str, layout: dict[str, Any], spec: str, out: str, tokens, *, bucket_bytes: int = 60_000):
+def round_trip(
+    path: str, layout: dict[str, Any], spec: str, out: str, tokens, *, bucket_bytes: int = 60_000, ignore=()
+):
     """Load, run, save, stream: what each step said on this rank."""
     import torch
     from runtime.helpers import poisoned_parallel_state
@@ -17,7 +19,7 @@ def round_trip(path: str, layout: dict[str, Any], spec: str, out: str, tokens, *
 
     with ExitStack() as stack:
         stack.enter_context(host_backend())
-        bridge = AutoBridge.from_hf_pretrained(path)
+        bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
         _, pg, chunks = build(bridge.fields, layout, spec=spec, vocab_divisible_by=16)
         for chunk in chunks:
             for parameter in chunk.parameters():
@@ -52,7 +54,7 @@ def round_trip(path: str, layout: dict[str, Any], spec: str, out: str, tokens, *
 def bridge_shards(bridge, chunks):
     from bridge_core.runtime.live import open_live
 
-    return open_live(chunks, bridge.family, bridge.fields).shards
+    return open_live(chunks, bridge.family, bridge.fields, ignore=bridge.ignore).shards
 
 
 def refuse(path: str, fields_changes: dict[str, Any], layout: dict[str, Any]) -> str:
@@ -90,9 +92,9 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
     with host_backend():
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
-        originals = load.gather, save._Writer._write
+        originals = load.gather, save.SharedFiles._write
         if dist.get_rank() == 1:
-            load.gather, save._Writer._write = broken, broken
+            load.gather, save.SharedFiles._write = broken, broken
         try:
             if step == "load":
                 bridge.load_hf_weights(chunks)
@@ -108,7 +110,7 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
         except (BridgeError, MemoryError) as error:
             return str(error)
         finally:
-            load.gather, save._Writer._write = originals
+            load.gather, save.SharedFiles._write = originals
     return "no error"
 
 
@@ -135,7 +137,7 @@ def die_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str, note
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
         if rank == dist.get_world_size() - 1:
-            load.gather, save._Writer._write = die, die
+            load.gather, save.SharedFiles._write = die, die
         started = time.monotonic()
         try:
             if step == "load":

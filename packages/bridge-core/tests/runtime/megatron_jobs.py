@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 
@@ -74,3 +75,74 @@ def load_refused(path: str, changes: dict[str, Any], layout: dict[str, Any], fol
             assert all(p.isnan().all() for chunk in chunks for p in chunk.parameters())
             return str(error)
     return "no error"
+
+
+def fail(path: str, layout: dict[str, Any], verb: str, place: str, rank: int, folder: str, notes: str) -> str:
+    """One rank fails at a place inside of megatron-core, or is killed there; what a rank was told, and how late.
+
+    Whoever is left also notes it in a file: a killed rank ends the whole job.
+    """
+    import time
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    own = dist.get_rank()
+    with host_backend():
+        chunks = _build(bridge, layout)
+        bridge.load_hf_weights(chunks)
+        with _fault(verb, place) if own == rank else nullcontext():
+            started = time.monotonic()
+            try:
+                if verb == "save":
+                    bridge.save_megatron_model(chunks, folder)
+                else:
+                    bridge.load_megatron_model(chunks, folder)
+                text = "no error"
+            except (BridgeError, OSError) as error:
+                text = f"{type(error).__name__}: {error}"
+            text = f"{time.monotonic() - started:.1f}\n{text}"
+    Path(notes, str(own)).write_text(text)
+    if place == "killed":
+        time.sleep(15)  # alive longer than the pool waits, so that nobody is released by this rank's end
+    # The groups of the caller still work: they have not seen what happened.
+    else:
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, own)
+        assert said == list(range(len(said)))
+    return text
+
+
+@contextmanager
+def _fault(verb: str, place: str):
+    """Break megatron-core's save or load: before its first collective, where it moves bytes, or by a kill.
+
+    The kill is where the others wait for this rank: while bytes move, mcore starts processes of its own, which can
+    take longer than a pool waits for the ranks that are left.
+    """
+    import os
+    import signal
+    from unittest.mock import patch
+
+    import torch.distributed.checkpoint as dcp
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    moving = (
+        (filesystem_async.FileSystemWriterAsync, "prepare_write_data")
+        if verb == "save"
+        else (dcp.FileSystemReader, "read_data")
+    )
+    where = moving if place == "moving" else (dist_checkpointing, verb)
+    with patch.object(*where, die if place == "killed" else full):
+        yield

@@ -8,17 +8,23 @@ tensors there are, in which chunks, and for each chunk or object the file, offse
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from bridge_core.checkpoint import pickles as p
-from bridge_core.checkpoint.tiling import check_tiling
 from bridge_core.checkpoint.torch_names import TORCH_NAMES, dtype_of_global
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
+from bridge_core.geometry import box_tiling_error
 
 METADATA_FILE = ".metadata"
+
+
+ChunkBox = tuple[tuple[int, ...], tuple[int, ...]]
+"""The region of a tensor that a chunk holds: offsets and sizes, one per dim."""
 
 
 class DcpChunk(NamedTuple):
@@ -46,6 +52,11 @@ class DcpTensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[DcpChunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +123,7 @@ def read_dcp(folder: str | os.PathLike[str]) -> DcpFolder:
     """
     root = Path(folder)
     where = root / METADATA_FILE
-    try:
-        raw = where.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            "not a torch_dist checkpoint, or one whose writing did not finish",
-            where=where,
-            expected=f"a folder with {METADATA_FILE}, *.distcp and metadata.json",
-            fix="name the folder iter_XXXXXXX inside the checkpoint",
-        ) from error
-    metadata = p.load_strict(raw, _GLOBALS, where=where)
-    fields = metadata.fields if p.is_call(metadata, _DCP + "metadata.Metadata", _MCORE + "MCoreMetadata") else {}
-    entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
-    if not (isinstance(entries, dict) and isinstance(stored, dict)):
-        raise CheckpointError("no table of contents in it", where=where, got=p.describe(metadata))
+    entries, stored = _table_of_contents(where)
     places = _places(stored, where)
     tensors: dict[str, DcpTensor] = {}
     objects: dict[str, DcpObject] = {}
@@ -147,6 +145,25 @@ def read_dcp(folder: str | os.PathLike[str]) -> DcpFolder:
     found = DcpFolder(root, tensors, objects)
     _check_files(found)
     return found
+
+
+def _table_of_contents(where: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What tensors and objects there are, and where their items lie; as pickled, not checked yet."""
+    try:
+        raw = where.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            "not a torch_dist checkpoint, or one whose writing did not finish",
+            where=where,
+            expected=f"a folder with {METADATA_FILE}, *.distcp and metadata.json",
+            fix="name the folder iter_XXXXXXX inside the checkpoint",
+        ) from error
+    metadata = p.load_strict(raw, _GLOBALS, where=where)
+    fields = metadata.fields if p.is_call(metadata, _DCP + "metadata.Metadata", _MCORE + "MCoreMetadata") else {}
+    entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
+    if not (isinstance(entries, dict) and isinstance(stored, dict)):
+        raise CheckpointError("no table of contents in it", where=where, got=p.describe(metadata))
+    return entries, stored
 
 
 def _places(stored: Mapping[Any, Any], where: Path) -> _Places:
@@ -195,6 +212,22 @@ def _tensor(key: str, entry: p.Inert, places: _Places, where: Path) -> DcpTensor
         located.append(DcpChunk(offsets, sizes, *_take(places, key, offsets, where)))
     check_tiling(shape, [chunk[:2] for chunk in located], where=here)
     return DcpTensor(dtype_of_global(name, where=here).name, shape, tuple(located))
+
+
+def check_tiling(shape: tuple[int, ...], boxes: Sequence[ChunkBox], *, where: object) -> None:
+    """Raise unless the chunks of a tensor cover it exactly once.
+
+    Raises:
+        CheckpointError: a chunk has another number of dims or leaves the tensor, two overlap, or elements are missing.
+    """
+    if error := box_tiling_error(shape, boxes):
+        raise CheckpointError(
+            "the chunks of a tensor do not tile it",
+            where=where,
+            expected=f"every element of {shape} in one chunk",
+            got=error,
+            fix="save the checkpoint again",
+        )
 
 
 def _take(places: _Places, key: str, offsets: tuple[int, ...] | None, where: Path) -> DcpObject:

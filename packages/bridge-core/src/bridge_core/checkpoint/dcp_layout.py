@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridge_core.checkpoint import pickles as p
-from bridge_core.checkpoint.dcp import METADATA_FILE, DcpChunk, DcpObject, DcpTensor
+from bridge_core.checkpoint.dcp import METADATA_FILE, DcpChunk, DcpObject, DcpTensor, check_tiling
+from bridge_core.checkpoint.dcp import ChunkBox as Box
 from bridge_core.checkpoint.items import TensorItem, tensor_item
-from bridge_core.checkpoint.tiling import Box, check_tiling
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, OutputError

@@ -120,6 +120,14 @@ def open_hf(path: str | Path) -> HfFolder:
     """
     folder = Path(path)
     config = read_config(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            "a file was given in place of a folder",
+            where=folder,
+            expected=f"the folder with {CONFIG} and safetensors files",
+            got="a file",
+            fix="give the folder that it is in",
+        )
     weight_map = _weight_map(folder)
     names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     tensors: dict[str, Stored] = {}
@@ -145,8 +153,9 @@ def open_hf(path: str | Path) -> HfFolder:
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor to file, from the index; None for a folder with one file."""
+    single = (folder / SINGLE).exists()
     if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
+        if single:
             return None
         raise CheckpointError(
             "the folder holds no safetensors checkpoint",
@@ -164,6 +173,20 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             got=f"{weight_map!r:.80}",
             fix=_AGAIN,
         )
+    _check_file_names(folder, weight_map)
+    if single and SINGLE not in weight_map.values():
+        raise CheckpointError(
+            "the folder holds two checkpoints",
+            where=folder,
+            expected=f"either {SINGLE}, or {INDEX} and the files that it names",
+            got="both; transformers would read the first, other tools the second",
+            fix="remove the one that does not belong here",
+        )
+    return weight_map
+
+
+def _check_file_names(folder: Path, weight_map: dict[str, str]) -> None:
+    """An index names files, and only inside its folder."""
     if odd := [name for name in weight_map.values() if not isinstance(name, str) or name in ("", ".") or "\0" in name]:
         raise CheckpointError(
             "the index names something that is no file",
@@ -181,7 +204,6 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
                 got=name,
                 fix="do not use this checkpoint",
             )
-    return weight_map
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], files: dict[str, list[str]]) -> None:

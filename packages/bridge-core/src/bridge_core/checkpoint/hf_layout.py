@@ -26,8 +26,13 @@ class HfLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files, headers included."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(file.nbytes - len(file.header) for file in self.files)
 
     def main_dtype(self) -> str:
         """The dtype that most elements have: what config.json calls the model's dtype."""
@@ -40,11 +45,8 @@ class HfLayout:
     def index(self) -> str:
         """Content of `model.safetensors.index.json`, as transformers writes it."""
         weight_map = {tensor: file.name for file in self.files for tensor in file.tensors}
-        total = sum(
-            prod(shape) * dtype_of(dtype).itemsize for file in self.files for _, dtype, shape in file.tensors.values()
-        )
         elements = sum(prod(shape) for file in self.files for _, _, shape in file.tensors.values())
-        metadata = {"total_parameters": elements, "total_size": total}
+        metadata = {"total_parameters": elements, "total_size": self.tensor_nbytes}
         return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
@@ -75,9 +77,10 @@ def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str]) -> HfL
         CoverageError: the source holds other tensors than the plan, or other shapes.
     """
     ignored = set(plan.audit(source.shapes).ignored)
+    shapes = plan.hf_tensors | {name: plan.hf_tensors[copy.of] for name, copy in plan.copies.items()}
     files: list[Laid] = []
     for name, tensors in source.files.items():
-        kept = [(tensor, dtypes[tensor], plan.hf_tensors[tensor]) for tensor in tensors if tensor not in ignored]
+        kept = [(tensor, dtypes[tensor], shapes[tensor]) for tensor in tensors if tensor not in ignored]
         unchanged = all(dtype == source.tensors[tensor].dtype for tensor, dtype, _ in kept)
         if unchanged and len(kept) == len(tensors):
             # The very same header, however its writer formatted it: then the whole file will be the same.

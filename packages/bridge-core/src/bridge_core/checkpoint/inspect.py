@@ -18,7 +18,7 @@ from bridge_core.checkpoint.megatron_folder import (
     METADATA,
     NOT_WEIGHTS,
     find_iteration,
-    form_of,
+    forms_of,
     open_megatron,
 )
 from bridge_core.checkpoint.wiring import without_aliases
@@ -158,7 +158,7 @@ def _inspect_megatron(path: Path) -> Description:
         family, fields = checkpoint.family.name, checkpoint.fields
         entries = compile_entries(checkpoint.family, fields)
         own = without_aliases(entries, stored)
-        form = form_of(entries, own, num_layers=fields["num_layers"], where=path).value
+        form = forms_of(entries, own, where=path)["decoder.layers"].value
     except ConfigError as error:
         note = error.what
     # An `_extra_state` belongs to a weight; what else is no weight is the state of a training run.

@@ -18,6 +18,7 @@ from bridge_core.checkpoint.torch_names import TORCH_NAMES, UNTYPED, UNTYPED_STO
 from bridge_core.checkpoint.zips import ALIGNMENT, Archive, ReadAt, build_archive
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
+from bridge_core.geometry import row_major
 
 _FOLDER = "archive/"  # what torch.save calls it when it writes to a stream, as DCP does
 
@@ -101,21 +102,11 @@ def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
         + p.put_int(numel if typed else numel * row.itemsize)
     )
     storage = kept(storage + b"t") + b"Q"
-    view = p.put_int(0) + kept_ints(shape) + kept_ints(contiguous_strides(shape)) + p.FALSE
+    view = p.put_int(0) + kept_ints(shape) + kept_ints(row_major(shape)) + p.FALSE
     hooks = kept(kept(p.put_global("collections.OrderedDict")) + p.EMPTY_TUPLE + p.REDUCE)
     element = b"" if typed else kept(p.put_global(f"torch.{row.torch}"))
     arguments = kept(b"(" + storage + view + hooks + element + b"t")
     return p.PROTOCOL_2 + rebuild + kept(arguments + p.REDUCE) + p.STOP
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a row-major tensor; an axis of length 0 counts as 1, as in torch."""
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 # ---------------------------------------------------------------- objects
@@ -175,7 +166,7 @@ class TensorInItem:
     @property
     def contiguous(self) -> bool:
         """Whether the elements lie in row-major order without holes, so that the data is one run of bytes."""
-        wanted = contiguous_strides(self.shape)
+        wanted = row_major(self.shape)
         return 0 in self.shape or all(
             n == 1 or has == want for n, has, want in zip(self.shape, self.strides, wanted, strict=True)
         )

@@ -7,12 +7,14 @@ transformer_block.py and transformer/moe/experts.py, `sharded_state_dict`):
 * `PER_LAYER`: the layer's number is in the key (unequal layers, or asked for);
 * `SINGLETON`: the expert's number is in the key too, and a gated `linear_fc1` is two tensors, `_w`, `_v`.
 
-In the first two, experts share a key and are the next dim.
+In the first two, experts share a key and are the next dim. Each block of layers (the decoder, a vision tower)
+has a form of its own. Segments that have names (`Split.names`) are tensors of their own in every form:
+`in_proj.weight.z`, `in_proj.weight.x`, ... (ssm/mamba_mixer.py, ssm/gated_delta_net/common.py, `sharded_state_dict`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -55,28 +57,59 @@ def _pattern(entry: Entry, form: Form) -> str:
     return name.replace("{layer}.", "") if form is Form.STACKED else name
 
 
-def places(entry: Entry, form: Form, layer: int, expert: int, *, num_layers: int) -> Iterator[Place]:
+Forms = Mapping[str, Form]
+"""The form of each block of layers, by `Entry.block`."""
+
+
+def by_block(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Entries by the block of layers they belong to."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.block, []).append(entry)
+    return found
+
+
+def written_forms(entries: Iterable[Entry]) -> Forms:
+    """The forms that megatron-core will ask for: stacked if all layers of a block are alike."""
+    return {
+        block: Form.STACKED if all(len(entry.layers) == entry.depth for entry in members) else Form.PER_LAYER
+        for block, members in by_block(entries).items()
+    }
+
+
+def places(entry: Entry, form: Form, layer: int, expert: int) -> Iterator[Place]:
     """Where an instance of `entry` lies in a checkpoint of the given form."""
     key = fill(_pattern(entry, form), layer, expert)
     index: list[int] = []
     extents: list[int] = []
     if entry.has_layer and form is Form.STACKED:
         index.append(layer)
-        extents.append(num_layers)
+        extents.append(entry.depth)
     if entry.is_expert and form is not Form.SINGLETON:
         index.append(expert)
         extents.append(entry.experts)
-    segments = entry.split.segments if entry.split else ()
-    if form is Form.SINGLETON and len(segments) == 2:
-        rows, start = segments, (0, segments[0])
-        for suffix, count, first in zip(("_w", "_v"), rows, start, strict=True):
-            box = Box((first, *(0 for _ in entry.shape[1:])), (count, *entry.shape[1:]))
-            yield Place(key + suffix, tuple(index), tuple(extents), box)
+    for suffix, box in _segments(entry, form):
+        yield Place(key + suffix, tuple(index), tuple(extents), box)
+
+
+def _segments(entry: Entry, form: Form) -> Iterator[tuple[str, Box]]:
+    """The parts of a tensor that a checkpoint stores apart: the ends of their keys, and their rows."""
+    names: tuple[str, ...] = ()
+    split = entry.split
+    if split is not None and split.names:
+        names = tuple(f".{name}" for name in split.names)
+    elif split is not None and entry.is_expert and form is Form.SINGLETON and len(split.segments) == 2:
+        names = ("_w", "_v")
+    if split is None or not names:
+        yield "", Box((0,) * len(entry.shape), entry.shape)
         return
-    yield Place(key, tuple(index), tuple(extents), Box((0,) * len(entry.shape), entry.shape))
+    first = 0
+    for name, count in zip(names, split.segments, strict=True):
+        yield name, Box((first, *(0 for _ in entry.shape[1:])), (count, *entry.shape[1:]))
+        first += count
 
 
-def alias_keys(entries: tuple[Entry, ...], form: Form) -> Iterator[tuple[str, str]]:
+def alias_keys(entries: tuple[Entry, ...], forms: Forms) -> Iterator[tuple[str, str]]:
     """Keys under which megatron-core's local spec looks for tensors that have another key elsewhere.
 
     Its layer specs send `pre_mlp_layernorm` to `mlp.linear_fc1.layer_norm_`, also in layers with experts
@@ -85,7 +118,7 @@ def alias_keys(entries: tuple[Entry, ...], form: Form) -> Iterator[tuple[str, st
     """
     for entry in entries:
         if entry.name.endswith(_NORM_OF_EXPERTS):
-            pattern = _pattern(entry, form)
+            pattern = _pattern(entry, forms[entry.block])
             for layer in entry.layers if "{layer}" in pattern else (0,):
                 key = fill(pattern, layer)
                 yield key, key.removesuffix(_NORM_OF_EXPERTS) + ".mlp.linear_fc1.layer_norm_weight"
@@ -94,7 +127,7 @@ def alias_keys(entries: tuple[Entry, ...], form: Form) -> Iterator[tuple[str, st
 _NORM_OF_EXPERTS = ".pre_mlp_layernorm.weight"
 
 
-def extra_state_keys(entries: tuple[Entry, ...], form: Form, *, num_layers: int) -> Iterator[str]:
+def extra_state_keys(entries: tuple[Entry, ...], forms: Forms) -> Iterator[str]:
     """Keys of the `_extra_state` objects that megatron-core asks for in its strict loading.
 
     Both the local and the Transformer Engine spec load such a checkpoint: this is the union of what
@@ -103,13 +136,13 @@ def extra_state_keys(entries: tuple[Entry, ...], form: Form, *, num_layers: int)
     """
     modules: dict[str, Entry] = {}
     for entry in entries:
-        stem = _pattern(entry, form).rpartition(".")[0]
+        stem = _pattern(entry, forms[entry.block]).rpartition(".")[0]
         modules.setdefault(stem, entry)
-        if stem.endswith("linear_qkv"):
-            modules.setdefault(stem.removesuffix("linear_qkv") + "core_attention", entry)
+        if stem.endswith("linear_proj"):
+            modules.setdefault(stem.removesuffix("linear_proj") + "core_attention", entry)
     for stem, entry in modules.items():
         for layer, expert in entry.instances():
-            place = next(places(entry, form, layer, expert, num_layers=num_layers))
+            place = next(places(entry, forms[entry.block], layer, expert))
             index = ".".join(map(str, place.stack)) or "0"
             extents = ".".join(map(str, place.extents)) or "1"
             yield f"{fill(stem, layer, expert)}._extra_state/shard_{index}_{extents}"

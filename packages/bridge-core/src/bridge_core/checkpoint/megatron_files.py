@@ -46,18 +46,14 @@ def megatron_side_files(common: Mapping[str, Any]) -> dict[str, bytes]:
     }
 
 
-def common_state_object(common: Mapping[str, Any]) -> tuple[str, bytes]:
-    """Key and item of the common state as 0.19 writes it, instead of `common.pt`; 0.16 does not read this.
-
-    Raises:
-        CheckpointError: a value is not plain (see `save_object`).
-    """
-    return COMMON_STATE_KEY, save_object([dict(common)], where=COMMON_STATE_KEY)
-
-
 def extra_state_object() -> bytes:
     """The item of an empty extra state: mcore stores an object as the list of the shards that one rank holds."""
     return save_object([None])
+
+
+def has_common(folder: DcpFolder) -> bool:
+    """Whether there is a common state; what other tools write with torch alone has none."""
+    return (folder.path / COMMON_FILE).is_file() or COMMON_STATE_KEY in folder.objects
 
 
 def read_common(folder: str | os.PathLike[str] | DcpFolder) -> dict[str, Any]:

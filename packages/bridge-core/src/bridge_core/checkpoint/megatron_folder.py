@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
-from bridge_core.checkpoint.keys import Form, places, stacked_shape
+from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
-from bridge_core.plan import Entry
+from bridge_core.geometry import Shape
+from bridge_core.plan import Entry, Plan
+from bridge_core.topology import ParallelLayout
 
 LATEST = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
+# What a checkpoint without an iteration is called, in the file and as a folder: a converted model, not a step of
+# training (Megatron-LM core_v0.13, megatron/training/checkpointing.py, `get_checkpoint_name`, `read_metadata`).
+RELEASE = "release"
 
 # Keys of a training checkpoint that hold no weights; left alone by name, and reported.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
@@ -31,6 +36,8 @@ class MegatronFolder:
         fields: Megatron fields of the model.
         family: the model family.
         hf_config: the config.json that the checkpoint was imported from, if it says so.
+        ignore: patterns of HF names that its import left out.
+        forms: which HF forms its rows had (`Plan.forms`).
     """
 
     path: Path
@@ -38,6 +45,8 @@ class MegatronFolder:
     fields: Fields = field(repr=False)
     family: Family = field(repr=False)
     hf_config: dict[str, Any] | None = field(repr=False)
+    ignore: tuple[str, ...] = ()
+    forms: Mapping[str, int] | None = field(default=None, repr=False)
 
     def weights(self) -> dict[str, DcpTensor]:
         """The tensors that are weights."""
@@ -45,7 +54,7 @@ class MegatronFolder:
 
 
 def find_iteration(path: Path) -> Path:
-    """The folder of one iteration: `path` itself, or the latest one of the run in `path`.
+    """The folder of one iteration: `path` itself, or the latest one of the run in `path`, which may be its release.
 
     Raises:
         CheckpointError: there is none.
@@ -60,7 +69,7 @@ def find_iteration(path: Path) -> Path:
         )
     if (path / METADATA).exists():
         return path
-    candidates = [path / f"iter_{_latest(path):07d}"] if (path / LATEST).exists() else sorted(path.glob("iter_*"))
+    candidates = [_latest(path)] if (path / LATEST).exists() else [path / RELEASE, *sorted(path.glob("iter_*"))]
     for folder in reversed(candidates):
         if (folder / METADATA).exists():
             return folder
@@ -73,17 +82,20 @@ def find_iteration(path: Path) -> Path:
     )
 
 
-def _latest(path: Path) -> int:
+def _latest(path: Path) -> Path:
+    """The folder that a run says is its latest."""
     text = (path / LATEST).read_text(encoding="utf-8").strip()
+    if text == RELEASE:
+        return path / RELEASE
     if not text.isdigit():
         raise CheckpointError(
             "the latest iteration is no number",
             where=path / LATEST,
-            expected="a number, as in iter_0000100",
+            expected=f"a number, as in iter_0000100, or the word {RELEASE}",
             got=repr(text),
             fix="give the folder of one iteration",
         )
-    return int(text)
+    return path / f"iter_{int(text):07d}"
 
 
 def open_megatron(
@@ -102,23 +114,47 @@ def open_megatron(
     """
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
-    model = model_of(folder, hf_config, ignore_options=ignore_options)
-    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config)
+    model = model_of(dcp, hf_config, ignore_options=ignore_options)
+    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config, model.ignore, model.forms)
 
 
-def form_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, num_layers: int, where: Path) -> Form:
-    """The form in which a checkpoint holds its layers and experts.
+def export_plan(
+    checkpoint: MegatronFolder, *, inventory: Mapping[str, Shape] | None = None, ignore: Sequence[str] = ()
+) -> Plan:
+    """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has.
+
+    Args:
+        checkpoint: says what was left out of it, and in which forms its tensors were published.
+        inventory: shapes of the HF tensors to be like, where there are such.
+        ignore: further patterns of HF names to leave out.
+    """
+    stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
+    ignore = tuple(dict.fromkeys((*checkpoint.ignore, *ignore)))
+    return Plan(
+        checkpoint.family,
+        checkpoint.family.without(checkpoint.fields, ignore),
+        ParallelLayout(),
+        padded_vocab=max(stored.shape[0], checkpoint.fields["vocab_size"]) if stored else None,
+        inventory=inventory,
+        forms=checkpoint.forms,
+        ignore=ignore,
+    )
+
+
+def forms_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, where: Path) -> Forms:
+    """The form in which a checkpoint holds the layers of each block, and their experts.
 
     Raises:
         CoverageError: in no form does it hold the tensors of the model; names the first that are missing.
     """
+    return {block: _form_of(members, tensors, where) for block, members in by_block(entries).items()}
+
+
+def _form_of(entries: Sequence[Entry], tensors: Mapping[str, DcpTensor], where: Path) -> Form:
     missing: list[str] = []
     for form in Form:
         wanted = {
-            place.key
-            for entry in entries
-            for layer in entry.layers[:1]
-            for place in places(entry, form, layer, 0, num_layers=num_layers)
+            place.key for entry in entries for layer in entry.layers[:1] for place in places(entry, form, layer, 0)
         }
         absent = sorted(wanted - set(tensors))
         if not absent:
@@ -134,15 +170,13 @@ def form_of(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor], *, num
     )
 
 
-def check_weights(
-    entries: tuple[Entry, ...], form: Form, tensors: Mapping[str, DcpTensor], *, num_layers: int, where: Path
-) -> None:
+def check_weights(entries: tuple[Entry, ...], forms: Forms, tensors: Mapping[str, DcpTensor], *, where: Path) -> None:
     """Raise unless a checkpoint's weights are exactly those of the entries, by key and shape."""
     wanted = {
         place.key: stacked_shape(place)
         for entry in entries
         for layer, expert in entry.instances()
-        for place in places(entry, form, layer, expert, num_layers=num_layers)
+        for place in places(entry, forms[entry.block], layer, expert)
     }
     missing = [key for key in wanted if key not in tensors]
     unexpected = [key for key in tensors if key not in wanted]

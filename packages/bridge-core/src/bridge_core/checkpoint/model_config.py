@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge_core.checkpoint.megatron_files import read_common
+from bridge_core.checkpoint.dcp import DcpFolder
+from bridge_core.checkpoint.megatron_files import has_common, read_common
 from bridge_core.checkpoint.run_config import RUN_CONFIG, SECTION, fields_of_args, fields_of_run_config, read_run_config
 from bridge_core.errors import ConfigError, preview
 from bridge_core.families import Family, Fields, family_for, family_named, recognise
 
-_NEEDED = (
+_SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("vocab_size", "share_embeddings_and_output_weights"),
+    "vocab_size",
 )
+_NEEDED = (*_SIZES, "share_embeddings_and_output_weights")
 # What decides where weights lie. Training options may differ; so may the rotary base, which holds no weights.
 _GEOMETRY = (
     *(name for name in _NEEDED if name != "vocab_size"),
@@ -41,11 +43,16 @@ _PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that 
 
 
 class ModelConfig(NamedTuple):
-    """The model of a checkpoint: its Megatron fields, its family, and its config.json where one is known."""
+    """The model of a checkpoint: its Megatron fields, its family, and its config.json where one is known.
+
+    `ignore` are patterns of HF names that its import left out, `forms` the HF forms that its rows had.
+    """
 
     fields: Fields
     family: Family
     hf_config: dict[str, Any] | None
+    ignore: tuple[str, ...] = ()
+    forms: Mapping[str, int] | None = None
 
 
 class _Said(NamedTuple):
@@ -56,34 +63,24 @@ class _Said(NamedTuple):
     where: Path
 
 
-def model_of(folder: Path, hf_config: Mapping[str, Any] | None, *, ignore_options: Sequence[str] = ()) -> ModelConfig:
-    """The model of the checkpoint in `folder`.
+def model_of(
+    checkpoint: DcpFolder, hf_config: Mapping[str, Any] | None, *, ignore_options: Sequence[str] = ()
+) -> ModelConfig:
+    """The model of a checkpoint.
 
     Args:
-        folder: the folder of one iteration.
+        checkpoint: the folder of one iteration.
         hf_config: a config.json to go by, which may say more than the checkpoint but must not contradict it.
         ignore_options: options of `hf_config` to leave out of account although the family does not know them.
 
     Raises:
         ConfigError: the configuration is missing, incomplete, contradictory, or of no known family.
     """
-    said = _said_by(folder, must=hf_config is None)
+    said = _said_by(checkpoint, must=hf_config is None)
     if said is not None and said.section:
-        model = _from_section(said)
-        if hf_config is not None:
-            family = family_for(hf_config)
-            given = family.to_megatron(hf_config, ignore=tuple(hf_config))
-            _compare(model.fields, model.family, given, family, where=said.where, names=(*_GEOMETRY, "vocab_size"))
-            model = model._replace(hf_config=dict(hf_config))
-        return model
+        return _from_section(said, hf_config)
     if hf_config is not None:
-        family = family_for(hf_config)
-        given = family.to_megatron(hf_config, ignore=ignore_options)
-        if said is not None:
-            _check_meaning(family, said.fields, said.where)
-            _compare(said.fields, None, given, family, where=said.where, names=_GEOMETRY)
-            _check_vocabulary(said, given)
-        return ModelConfig(given, family, dict(hf_config))
+        return _from_given(said, hf_config, ignore_options)
     assert said is not None
     _check_complete(said)
     family = recognise(said.fields)
@@ -91,33 +88,44 @@ def model_of(folder: Path, hf_config: Mapping[str, Any] | None, *, ignore_option
     return ModelConfig(said.fields, family, None)
 
 
-def _from_section(said: _Said) -> ModelConfig:
-    try:
-        family = family_named(said.section["family"])
-        stored = said.section.get("hf_config")
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            "this package's section of the run configuration is damaged",
-            where=said.where,
-            expected="family, megatron, hf_config",
-            got=f"{type(error).__name__}: {error}",
-            fix=f"remove the section {SECTION!r}, and {_PASS_HF}",
-        ) from None
+def _from_section(said: _Said, hf_config: Mapping[str, Any] | None) -> ModelConfig:
+    """The model as this package recorded it; a config.json that is given must be of the same one."""
+    family = family_named(said.section["family"])
     _check_complete(said)
-    return ModelConfig(said.fields, family, dict(stored) if stored else None)
+    ignore, forms = tuple(said.section.get("ignore") or ()), dict(said.section.get("forms") or {})
+    if hf_config is None:
+        stored = said.section.get("hf_config")
+        return ModelConfig(said.fields, family, dict(stored) if stored else None, ignore, forms)
+    other = family_for(hf_config)
+    given = other.without(other.to_megatron(hf_config, ignore=tuple(hf_config)), ignore)
+    _compare(said.fields, family, given, other, where=said.where, names=(*_GEOMETRY, "vocab_size"))
+    return ModelConfig(said.fields, family, family.consistent(hf_config, said.fields), ignore, forms)
 
 
-def _said_by(folder: Path, *, must: bool) -> _Said | None:
-    """What lies beside the weights; None if nothing does, or nothing that can be read and `must` is not set."""
+def _from_given(said: _Said | None, hf_config: Mapping[str, Any], ignore_options: Sequence[str]) -> ModelConfig:
+    """The model of a config.json; what another tool recorded must agree as far as it goes."""
+    family = family_for(hf_config)
+    given = family.to_megatron(hf_config, ignore=ignore_options)
+    if said is not None:
+        _check_meaning(family, said.fields, said.where)
+        _compare(said.fields, None, given, family, where=said.where, names=_GEOMETRY)
+        _check_vocabulary(said, given)
+    return ModelConfig(given, family, dict(hf_config))
+
+
+def _said_by(checkpoint: DcpFolder, *, must: bool) -> _Said | None:
+    """What lies beside the weights; None if nothing does, or too little and `must` is not set."""
+    folder = checkpoint.path
     run_config = next((f / RUN_CONFIG for f in (folder, folder.parent) if (f / RUN_CONFIG).exists()), None)
+    if run_config is not None:
+        config = read_run_config(run_config)
+        section = _section_of(config, run_config)
+        return _Said(fields_of_run_config(config, where=run_config), section, run_config)
+    args = read_common(checkpoint).get("args") if has_common(checkpoint) else None
+    values = getattr(args, "state", args)
     try:
-        if run_config is not None:
-            config = read_run_config(run_config)
-            return _Said(fields_of_run_config(config, where=run_config), config.get(SECTION) or {}, run_config)
-        args = read_common(folder).get("args")
-        values = getattr(args, "state", args)
         if isinstance(values, Mapping):
-            return _Said(fields_of_args(values), {}, folder)
+            return _Said(_fields_of(values, folder), {}, folder)
     except ConfigError:
         if must:
             raise
@@ -133,6 +141,37 @@ def _said_by(folder: Path, *, must: bool) -> _Said | None:
     return None
 
 
+def _section_of(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """This package's section of a run configuration; empty if another tool wrote it."""
+    section = config.get(SECTION)
+    if not section:
+        return {}
+    wanted = {"family": str, "megatron": dict, "hf_config": dict | None}
+    values = section if isinstance(section, dict) else {}
+    if wrong := [name for name, kind in wanted.items() if not isinstance(values.get(name), kind)]:
+        raise ConfigError(
+            "this package's section of the run configuration is damaged",
+            where=where,
+            expected="family (text), megatron and hf_config (mappings)",
+            got=", ".join(f"{name}: {values.get(name)!r:.40}" for name in wrong),
+            fix=f"remove the section {SECTION!r}, and {_PASS_HF}",
+        )
+    return section
+
+
+def _fields_of(args: Mapping[str, Any], folder: Path) -> Fields:
+    try:
+        return fields_of_args(args)
+    except KeyError as error:
+        raise ConfigError(
+            "the checkpoint's arguments lack one that a conversion needs",
+            where=f"{folder}: args",
+            expected=str(error.args[0]),
+            got="nothing",
+            fix=_PASS_HF,
+        ) from None
+
+
 def _check_complete(said: _Said) -> None:
     if absent := [name for name in _NEEDED if said.fields.get(name) is None]:
         raise ConfigError(
@@ -140,6 +179,15 @@ def _check_complete(said: _Said) -> None:
             where=said.where,
             expected=preview(absent, limit=len(absent)),
             got="nothing",
+            fix=_PASS_HF,
+        )
+    wrong = {name: said.fields[name] for name in _SIZES if type(said.fields[name]) is not int or said.fields[name] < 1}
+    if wrong:
+        raise ConfigError(
+            "sizes in the checkpoint's configuration are not whole numbers",
+            where=said.where,
+            expected="whole numbers of at least 1",
+            got=preview(f"{name}={value!r}" for name, value in wrong.items()),
             fix=_PASS_HF,
         )
 
@@ -177,8 +225,9 @@ def _check_vocabulary(said: _Said, given: Fields) -> None:
 
 def _check_meaning(family: Family, fields: Fields, where: Path) -> None:
     """Fields that change what weights mean have the values that the family stands for."""
+    translated = {option.megatron for section in family.parts.values() for option in section.fields}
     expected = {k: v for k, v in family.megatron.items() if k not in _TRAINING}
-    expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected}
+    expected |= {k: v for k, v in _DEFAULTS.items() if k not in expected and k not in translated}
     wrong = {k: v for k, v in expected.items() if fields.get(k) is not None and fields[k] != v and (fields[k] or v)}
     if wrong:
         raise ConfigError(

@@ -3,23 +3,36 @@
 A run writes into `.<name>.partial` beside the output folder. Only the last step, one `rename`, gives
 the folder its name, so a run that is killed leaves nothing that looks finished, and the next run
 clears its remains. A lock on the partial folder keeps two runs from writing the same output.
+
+That holds for processes. Whether it also holds when the machine crashes is the caller's choice (`durable`): then
+everything is on the disk before the rename, and the rename is when the call returns.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from bridge_core.errors import OutputError, preview
+from bridge_core.checkpoint.workers import Workers, jointly
+from bridge_core.errors import BridgeError, CheckpointError, OutputError, preview
+
+T = TypeVar("T")
 
 
 def partial_path(path: Path) -> Path:
     """Where the output is written until it is finished."""
     return path.parent / f".{path.name}.partial"
+
+
+def _replaced_path(path: Path) -> Path:
+    """Where the folder that is replaced waits for the new one to be there."""
+    return path.parent / f".{path.name}.replaced"
 
 
 def real_path(path: Path) -> Path:
@@ -96,18 +109,68 @@ def check_space(path: Path, nbytes: int) -> None:
         )
 
 
+def write_folder(
+    output: Path,
+    nbytes: int,
+    workers: Workers,
+    prepare: Callable[[Path], None],
+    fill: Callable[[Path, int, int], T],
+    finish: Callable[[Path], None],
+    *,
+    overwrite: bool,
+    durable: bool = False,
+) -> T:
+    """Prepare, fill and finish an output folder: the first and last by worker 0, the filling by all. Collective.
+
+    Args:
+        output: the folder; gets its name when everything in it is done.
+        nbytes: room needed.
+        workers: the processes that share the work; all must see the folder.
+        prepare: makes what must be there before the filling.
+        fill: writes this worker's part: folder, rank, number of workers.
+        finish: writes what makes the folder complete.
+        overwrite: replace a folder that holds something.
+        durable: every worker waits until what it wrote is on the disk.
+
+    Returns:
+        What `fill` returned here.
+    """
+    output = real_path(output)
+    partial = partial_path(output)
+    with ExitStack() as stack:
+
+        def open_and_prepare() -> None:
+            if workers.rank == 0:
+                stack.enter_context(finished_folder(output, overwrite=overwrite, nbytes=nbytes, durable=durable))
+                prepare(partial)
+
+        def fill_and_sync() -> T:
+            filled = fill(partial, workers.rank, workers.size)
+            if durable:
+                _sync_tree(partial)  # on every worker: another node does not write this one's caches out
+            return filled
+
+        workers.together(open_and_prepare)
+        filled = jointly(workers, fill_and_sync)
+        workers.together(lambda: finish(partial) if workers.rank == 0 else None)
+        workers.together(stack.close)  # gives the folder its name, on worker 0
+        return filled
+
+
 @contextmanager
-def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0) -> Iterator[Path]:
+def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0, durable: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends without an error.
 
     Args:
         path: the output folder.
         overwrite: replace a folder that holds something; it stays as it was until the new one is finished.
         nbytes: room needed; checked before anything is created.
+        durable: return only when the folder and its name are on the disk.
 
     Raises:
-        OutputError: the output is in use, the disk is full, or a write failed for another reason of the
-            operating system. What was written so far is removed.
+        OutputError: the output is in use, something was put there in the meantime, the disk is full, or a write
+            failed for another reason of the operating system. What was written so far is removed.
+        CheckpointError: a file that was to be read from could not be.
     """
     check_free(path, overwrite=overwrite)
     path = real_path(path)
@@ -118,31 +181,70 @@ def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0) -> Iterator
             _remove(partial)
             partial.mkdir(parents=True)
             yield partial
+            if durable:
+                _sync_tree(partial)
+            check_free(path, overwrite=overwrite)  # a run takes hours: somebody may have put something there
             _publish(partial, path)
+            if durable:
+                _sync(path.parent)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and not isinstance(error, OutputError):
-                raise OutputError(
-                    "the output could not be written",
-                    where=error.filename or path,
-                    expected=f"room and permission for {nbytes:,} bytes",
-                    got=error.strerror or error,
-                    fix="nothing was left behind; free space or mend permissions and run again",
-                ) from error
+            if isinstance(error, OSError) and not isinstance(error, BridgeError):
+                raise _in_our_words(error, path, nbytes) from error
             raise
+
+
+def _in_our_words(error: OSError, path: Path, nbytes: int) -> BridgeError:
+    """What the operating system refused: to write the output, or to read something else on the way."""
+    named = None if error.filename is None else Path(os.fsdecode(error.filename))
+    ours = (path, partial_path(path), _replaced_path(path))
+    inside = named is None or any(folder in (named, *named.parents) for folder in ours)
+    many = error.errno in (errno.EMFILE, errno.ENFILE)
+    if inside and not many:
+        return OutputError(
+            "the output could not be written",
+            where=named or path,
+            expected=f"room and permission for {nbytes:,} bytes",
+            got=error.strerror or error,
+            fix="nothing was left behind; free space or mend permissions and run again",
+        )
+    return CheckpointError(
+        "a file could not be opened or read",
+        where=named,
+        expected="permission to read it, and a free file descriptor" if many else "permission to read it",
+        got=error.strerror or error,
+        fix=f"nothing was left behind; {'raise the limit of open files (ulimit -n)' if many else 'mend it'}, run again",
+    )
 
 
 def _publish(partial: Path, path: Path) -> None:
     """Make the finished folder visible under its name; the one it replaces is removed afterwards."""
-    old = path.parent / f".{path.name}.replaced"
+    old = _replaced_path(path)
     _remove(old)
     if path.is_dir():
-        if any(path.iterdir()):
-            os.rename(path, old)
-        else:
-            path.rmdir()
-    os.rename(partial, path)
+        os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        if old.is_dir():
+            os.rename(old, path)  # the new one is about to be removed
+        raise
     shutil.rmtree(old, ignore_errors=True)  # the output is finished, whatever becomes of the old one
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until everything below a folder, and its own entries, are on the disk."""
+    for root, _, files in os.walk(folder):
+        for name in (*files, "."):
+            _sync(Path(root, name))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -178,8 +280,8 @@ def _lock(descriptor: int, lock: Path, path: Path) -> None:
     """Take the lock, and make sure that the file is still the one that others would open."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino
-    except BlockingIOError:
+        held = os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except (BlockingIOError, FileNotFoundError):
         held = False
     except OSError as error:
         raise OutputError(

@@ -11,7 +11,7 @@ that an export gives back the very configuration that was imported.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,29 @@ _ARGS = {
 }
 
 
-def write_run_config(fields: Fields, family: Family, hf_config: Mapping[str, Any] | None, dtype: str) -> str:
-    """The text of run_config.yaml for an imported checkpoint. JSON is YAML: no library is needed to write it."""
+def write_run_config(
+    fields: Fields,
+    family: Family,
+    hf_config: Mapping[str, Any] | None,
+    dtype: str,
+    *,
+    ignore: Sequence[str] = (),
+    forms: Mapping[str, int] | None = None,
+) -> str:
+    """The text of run_config.yaml for an imported checkpoint. JSON is YAML: no library is needed to write it.
+
+    Args:
+        fields, family, hf_config: of the model.
+        dtype: its safetensors dtype.
+        ignore: patterns of the HF names that were left out.
+        forms: which HF forms its rows had (`Plan.forms`).
+    """
     model: dict[str, Any] = {"_target_": _PROVIDER, **fields}
     model["activation_func"] = _object(_ACTIVATIONS[fields["activation_func"]])
     model["params_dtype"] = _object(f"torch.{dtype_of(dtype).torch}")
     model["bf16"], model["fp16"] = dtype == "BF16", dtype == "F16"
     section = {"family": family.name, "dtype": dtype, "megatron": fields, "hf_config": hf_config}
+    section |= {"ignore": list(ignore), "forms": dict(forms or {})}
     return json.dumps(
         {"model": model, "checkpoint": {"save_optim": False, "save_rng": False}, SECTION: section}, indent=2
     )

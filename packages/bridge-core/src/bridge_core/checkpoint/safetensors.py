@@ -69,7 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str], bytes]:
         ) from None
     try:
         header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = dict(header.pop("__metadata__", None) or {})
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(
@@ -82,9 +82,12 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str], bytes]:
 
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
-    begin, _ = entry["data_offsets"]
+    begin, end = entry["data_offsets"]
+    numbers = (begin, end, *entry["shape"])
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{entry!r:.200} has numbers that are none of a tensor")
     dtype = dtype_of(entry["dtype"], where=path).name
-    return Stored(str(path), start + int(begin), dtype, tuple(int(n) for n in entry["shape"]))
+    return Stored(str(path), start + begin, dtype, tuple(entry["shape"]))
 
 
 def _check_tiling(

@@ -4,28 +4,28 @@ Three paths, the same bytes; which one a job takes depends on its dtypes and on 
 
 * kernel: long runs are moved from file to file by `copy_file_range`; no byte enters this process.
 * gather: short runs are written from a map of the source, many with one system call (`pwritev`).
-* staged: casts, and runs of a few bytes, go through numpy, one bounded block of the target at a time.
+* staged: casts, and runs of a few bytes, go through numpy.
+
+The last two take a target block by block, so memory does not grow with the tensors.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from math import prod
+from math import inf, prod
 from operator import itemgetter
-from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
+from bridge_core.checkpoint.files import OpenFiles, copy_run, write_all
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
-from bridge_core.geometry import Box, Piece, Shape, View, restrict, run_length, runs, whole
+from bridge_core.geometry import Piece, Shape, View, restrict, row_major, run_length, runs, slabs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,9 @@ GATHER_RUN = 256
 """Shortest run in bytes that is worth a Python object of its own."""
 
 STAGING = 16 * 1024 * 1024
-"""Bytes of a target that are gathered at a time: the bound of this executor's memory, per thread."""
+"""Bytes of a target that are assembled at a time, the measure of this executor's memory: a thread holds one block, or
+the list of its runs (at most `STAGING / GATHER_RUN`, about as large), and the masks of a checked cast. Pages of mapped
+files are the system's to keep or drop."""
 
 _VECTOR = 512  # buffers per system call; IOV_MAX is 1024
 
@@ -48,13 +50,14 @@ class Job(NamedTuple):
     """One target tensor, and the pieces that fill it, each with the stored tensor it comes from.
 
     The views of a piece are in elements of the stored tensors; the names in them are not looked at.
-    `head` and `tail` are written before and after the data.
+    `head` and `tail` are written before and after the data; `shift` is added to every value.
     """
 
     target: Stored
     parts: tuple[tuple[Stored, Piece], ...]
     head: bytes = b""
     tail: bytes = b""
+    shift: float = 0.0
 
 
 class Moved(NamedTuple):
@@ -92,26 +95,26 @@ def transfer(
     Args:
         jobs: what to copy; targets must not overlap.
         threads: how many jobs run at a time. System calls and numpy's copies release the interpreter lock.
-        progress: called with a number of bytes, from any thread, after they were written.
+        progress: called with a number of bytes, from any thread, when they are written or next to be.
         kernel_run, gather_run: shortest run in bytes for these paths; mostly for tests.
 
     Returns:
         Bytes written by each path, and read.
 
     Raises:
-        CheckpointError: a source ended early.
-        OSError: the operating system refused a write.
+        CheckpointError: a source ended early, or a value does not fit into the dtype asked for.
+        OSError: the operating system refused to read or write.
     """
     stop = Event()
     with ExitStack() as stack:
         files = OpenFiles(stack)
         workers = [_Worker(files, kernel_run, gather_run, progress, stop) for _ in range(max(1, threads))]
         chunks = [share(jobs, number, len(workers)) for number in range(len(workers))]
-        together([partial(w.run, chunk) for w, chunk in zip(workers, chunks, strict=True)], stop)
+        in_threads([partial(w.run, chunk) for w, chunk in zip(workers, chunks, strict=True)], stop)
         return Moved(*(sum(column) for column in zip(*(w.moved for w in workers), strict=True)))
 
 
-def together(tasks: Sequence[Callable[[], None]], stop: Event) -> None:
+def in_threads(tasks: Sequence[Callable[[], None]], stop: Event) -> None:
     """Run tasks at the same time, a thread each. The first that fails, or Ctrl-C, sets `stop` for all of them."""
     if len(tasks) == 1:
         tasks[0]()
@@ -123,45 +126,6 @@ def together(tasks: Sequence[Callable[[], None]], stop: Event) -> None:
         except BaseException:
             stop.set()
             raise
-
-
-class OpenFiles:
-    """Files that are open for reading or writing, and maps of them, shared by the threads of one run."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._lock = Lock()
-        self._open: dict[tuple[str, bool], int] = {}
-        self._maps: dict[str, memoryview] = {}
-
-    def descriptor(self, path: str, *, write: bool) -> int:
-        """The file's descriptor; opened once, closed when the run ends."""
-        with self._lock:
-            found = self._open.get((path, write))
-            if found is None:
-                found = os.open(path, os.O_RDWR if write else os.O_RDONLY)
-                self._stack.callback(os.close, found)
-                self._open[path, write] = found
-            return found
-
-    def array(self, stored: Stored) -> np.ndarray:
-        """The elements of a stored tensor, flat, as they lie in the file: nothing is read yet."""
-        import numpy as np
-
-        dtype = numpy_dtype(stored.dtype)
-        if not stored.nbytes:
-            return np.zeros(0, dtype)
-        return np.frombuffer(self.bytes_of(stored.path), np.uint8, stored.nbytes, stored.offset).view(dtype)
-
-    def bytes_of(self, path: str) -> memoryview:
-        """All bytes of a file, mapped: nothing is read yet."""
-        found = self._maps.get(path)
-        if found is None:
-            descriptor = self.descriptor(path, write=False)
-            with self._lock:
-                # Not closed by hand: views may hold on to it until they are gone.
-                found = self._maps.setdefault(path, memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)))
-        return found
 
 
 class _Writer:
@@ -235,24 +199,25 @@ class _Worker:
         self._writer.flush()
 
     def _shortest_run(self, job: Job) -> int:
-        """Bytes of the shortest run of a job; 0 if it needs a cast."""
+        """Bytes of the shortest run of a job; 0 if it needs arithmetic."""
         dtype = job.target.dtype
-        if any(source.dtype != dtype for source, _ in job.parts):
+        if job.shift or any(source.dtype != dtype for source, _ in job.parts):
             return 0
         elements = min((_run_length(p.shape, p.source.strides, p.target.strides) for _, p in job.parts), default=1)
         return elements * dtype_of(dtype).itemsize
 
     def _gather(self, job: Job) -> None:
         itemsize = dtype_of(job.target.dtype).itemsize
-        found: list[tuple[int, memoryview]] = []
-        for source, piece in job.parts:
-            data = self._files.bytes_of(source.path)
-            for at_source, at_target, length in runs(piece):
-                start = source.offset + at_source * itemsize
-                found.append((at_target * itemsize, data[start : start + length * itemsize]))
-        found.sort(key=itemgetter(0))
-        for offset, view in found:
-            self._writer.add(job.target.path, job.target.offset + offset, view)
+        for first, _, parts in blocks(job):
+            found: list[tuple[int, memoryview]] = []
+            for source, piece in parts:
+                data = self._files.bytes_of(source)
+                for at_source, at_target, length in runs(piece):
+                    start = at_source * itemsize
+                    found.append(((first + at_target) * itemsize, data[start : start + length * itemsize]))
+            found.sort(key=itemgetter(0))
+            for offset, view in found:
+                self._writer.add(job.target.path, job.target.offset + offset, view)
         self._gathered += job.target.nbytes
         self._read += job.target.nbytes
 
@@ -286,30 +251,40 @@ def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
     """The target of a job, assembled in memory block by block: the first element's number, and the block, flat."""
     import numpy as np
 
-    for box, parts in blocks(job):
-        buffer = np.zeros(box.numel, numpy_dtype(job.target.dtype))
+    for first, numel, parts in blocks(job):
+        buffer = np.zeros(numel, numpy_dtype(job.target.dtype))
         for source, piece in parts:
             view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
             values = strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
-            with np.errstate(over="ignore"):
+            if job.shift:
+                values = values.astype(np.float32) + np.float32(job.shift)
+            with np.errstate(over="ignore", invalid="ignore"):
                 view[...] = values
-            if job.target.dtype == "F16" != source.dtype:
-                _check_range(view, values, source)
-        yield (box.start[0] * prod(box.shape[1:]) if box.start else 0), buffer
+                if _LARGEST.get(job.target.dtype, inf) < _LARGEST.get(source.dtype, inf):
+                    _check_range(view, values, job.target.dtype, source)
+        yield first, buffer
 
 
-def _check_range(view: np.ndarray, values: np.ndarray, source: Stored) -> None:
-    """fp16 ends at 65504: a value beyond it would become infinite in silence."""
+# The largest finite value of each floating-point type that may be asked for.
+_LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**104}
+
+
+def _check_range(view: np.ndarray, values: np.ndarray, dtype: str, source: Stored) -> None:
+    """A value beyond the range of the new dtype would become infinite in silence."""
     import numpy as np
 
-    lost = ~np.isfinite(view) & np.isfinite(values.astype(np.float32))
+    largest = _LARGEST[dtype]
+    if not values.size or -largest <= values.min() <= values.max() <= largest:
+        return  # nearly always; NaN fails the comparison
+    lost = ~np.isfinite(view) & np.isfinite(values)
     if lost.any():
+        name = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}[dtype]
         raise CheckpointError(
-            "values do not fit into fp16",
+            f"values do not fit into {name}",
             where=f"{source.path}, tensor at byte {source.offset}",
-            expected="absolute values of at most 65504",
+            expected=f"absolute values of at most {largest:.6g}",
             got=f"{int(lost.sum())} larger one(s), such as {float(values[lost].flat[0])}",
-            fix="convert to bf16 instead",
+            fix="convert to bf16 instead" if dtype == "F16" else "keep the dtype that the tensors have",
         )
 
 
@@ -325,73 +300,19 @@ def strided(array: np.ndarray, shape: Sequence[int], offset: int, strides: Seque
     return as_strided(array[offset:], shape, [stride * array.itemsize for stride in strides])
 
 
-def blocks(job: Job) -> Iterator[tuple[Box, list[tuple[Stored, Piece]]]]:
-    """The target of a job in blocks of whole rows of at most `STAGING` bytes, with the pieces cut to match."""
+def blocks(job: Job) -> Iterator[tuple[int, int, list[tuple[Stored, Piece]]]]:
+    """The target of a job in contiguous blocks of at most `STAGING` bytes: number of the first element, how many,
+    and the pieces cut to match, with targets counted from the start of the block."""
     shape = job.target.shape
-    row = prod(shape[1:]) * dtype_of(job.target.dtype).itemsize
-    rows = max(1, STAGING // max(row, 1))
-    if not shape or rows >= shape[0]:
-        yield whole(shape), list(job.parts)
+    boxes = list(slabs(shape, STAGING // dtype_of(job.target.dtype).itemsize))
+    if len(boxes) == 1:
+        yield 0, prod(shape), list(job.parts)
         return
-    for start in range(0, shape[0], rows):
-        extent = (min(rows, shape[0] - start), *shape[1:])
-        box = Box((start, *(0 for _ in shape[1:])), extent)
-        at = (0,) * len(shape)
-        yield (
-            box,
-            [
-                (source, part)
-                for source, piece in job.parts
-                for part in restrict(piece, "target", shape, box, extent, at)
-            ],
-        )
-
-
-def copy_run(source: int, source_offset: int, target: int, target_offset: int, nbytes: int, *, where: object) -> None:
-    """Copy a range of bytes between open files: in the kernel where the file system can, else through a buffer.
-
-    Raises:
-        CheckpointError: the source ended before `nbytes` were read.
-    """
-    while nbytes:
-        try:
-            count = os.copy_file_range(source, target, nbytes, source_offset, target_offset)
-        except OSError as error:
-            if error.errno not in _NOT_BY_KERNEL:
-                raise
-            count = write_all(target, os.pread(source, min(nbytes, STAGING), source_offset), target_offset)
-        if count == 0:
-            raise CheckpointError(
-                "a file ended while it was being read",
-                where=where,
-                expected=f"{nbytes} more bytes at offset {source_offset}",
-                got="end of file",
-                fix="make sure that nothing writes to the source during a conversion",
-            )
-        nbytes -= count
-        source_offset += count
-        target_offset += count
-
-
-# Different file systems, or one (or a kernel) that has no such copy.
-_NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-
-
-def create_file(path: Path, nbytes: int, head: bytes = b"") -> None:
-    """Make a file of its final size, sparse but for its first bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        os.ftruncate(descriptor, nbytes)
-        write_all(descriptor, head, 0)
-    finally:
-        os.close(descriptor)
-
-
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
-    """`pwrite` until everything is written; returns the number of bytes."""
-    left = memoryview(data)
-    while left:
-        count = os.pwrite(descriptor, left, offset)
-        left, offset = left[count:], offset + count
-    return len(data)
+    at, strides = (0,) * len(shape), row_major(shape)
+    for box in boxes:
+        cut = [
+            (source, part)
+            for source, piece in job.parts
+            for part in restrict(piece, "target", shape, box, box.shape, at)
+        ]
+        yield sum(i * s for i, s in zip(box.start, strides, strict=True)), box.numel, cut

@@ -18,12 +18,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-from bridge_core.checkpoint.convert import export_plan
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import open_hf, read_config
 from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
-from bridge_core.checkpoint.megatron_folder import MegatronFolder, open_megatron
-from bridge_core.checkpoint.transfer import Job, OpenFiles, Progress, gather, together
+from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
+from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.wiring import export_jobs, megatron_entries
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
 from bridge_core.families import family_for
@@ -153,18 +153,10 @@ def verify(
     first, second = _open_both(Path(a), Path(b))
     wanted_a, wanted_b = (_wanted(side.tensors, names) for side in (first, second))
     if not wanted_a and not wanted_b:
-        raise CoverageError(
-            "no tensor of the checkpoints is to be compared",
-            where=f"{a}, {b}",
-            expected=f"a tensor whose name matches {preview(names)}",
-            got=f"names such as {preview(first.tensors, limit=2)}",
-            fix="mend the patterns, or leave them out to compare everything",
-        )
+        raise _nothing_to_compare(f"{a}, {b}", names, first)
     found, ignored = _compare_headers(first, second, wanted_a, wanted_b)
     unlike = {difference.name for difference in found}
-    same = [name for name in wanted_a if name in wanted_b and name not in unlike]
-    jobs_a, jobs_b = first.jobs(), second.jobs()
-    pairs = {name: (jobs_a[name], jobs_b[name]) for name in same}
+    pairs = _pairs(first, second, [name for name in wanted_a if name in wanted_b and name not in unlike])
     nbytes = sum(job.target.nbytes for job, _ in pairs.values())
     if on_total:
         on_total(nbytes)
@@ -174,7 +166,7 @@ def verify(
         a=Path(a),
         b=Path(b),
         kinds=(first.kind, second.kind),
-        tensors=len(same),
+        tensors=len(pairs),
         nbytes=nbytes,
         counts={kind: counts[kind] for kind in KINDS if counts[kind]},
         differences=tuple(d for kind in KINDS for d in [d for d in found if d.kind == kind][:limit]),
@@ -253,6 +245,22 @@ def _wanted(tensors: Mapping[str, object], names: Sequence[str]) -> dict[str, No
     return {name: None for name in tensors if not names or any(fnmatchcase(name, pattern) for pattern in names)}
 
 
+def _nothing_to_compare(where: str, names: Sequence[str], side: _Side) -> CoverageError:
+    return CoverageError(
+        "no tensor of the checkpoints is to be compared",
+        where=where,
+        expected=f"a tensor whose name matches {preview(names)}" if names else "checkpoints that hold tensors",
+        got=f"names such as {preview(side.tensors, limit=2)}" if side.tensors else "no tensors",
+        fix="mend the patterns, or leave them out to compare everything" if names else "check the paths",
+    )
+
+
+def _pairs(a: _Side, b: _Side, names: Sequence[str]) -> dict[str, tuple[Job, Job]]:
+    """The jobs that would make each tensor from either side."""
+    jobs_a, jobs_b = a.jobs(), b.jobs()
+    return {name: (jobs_a[name], jobs_b[name]) for name in names}
+
+
 # --- Comparing ------------------------------------------------------------------------------------
 
 
@@ -301,7 +309,7 @@ def _compare_contents(
     with ExitStack() as stack:
         files = OpenFiles(stack)
         names, workers = list(pairs), max(1, threads)
-        together([partial(compare, files, names[number::workers]) for number in range(workers)], stop)
+        in_threads([partial(compare, files, names[number::workers]) for number in range(workers)], stop)
         found: list[Difference] = []
         for name in filter(differing.__contains__, names):
             a, b = (_content_hash(job, files) if len(found) < limit else None for job in pairs[name])

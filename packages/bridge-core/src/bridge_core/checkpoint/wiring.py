@@ -18,20 +18,31 @@ from pathlib import Path
 
 from bridge_core.checkpoint.dcp import DcpChunk, DcpTensor
 from bridge_core.checkpoint.dcp_layout import DcpLayout, plan_dcp
+from bridge_core.checkpoint.files import create_file, write_all
 from bridge_core.checkpoint.hf_folder import HfFolder
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.checkpoint.items import KnownHeads, locate_tensor, tensor_item
-from bridge_core.checkpoint.keys import Form, Place, alias_keys, extra_state_keys, places, stacked_shape
+from bridge_core.checkpoint.keys import (
+    Form,
+    Forms,
+    Place,
+    alias_keys,
+    by_block,
+    extra_state_keys,
+    places,
+    stacked_shape,
+    written_forms,
+)
 from bridge_core.checkpoint.megatron_files import extra_state_object
-from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, form_of
+from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, forms_of
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, create_file, write_all
+from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Box, Piece, Shape, restrict
 from bridge_core.patterns import fill
-from bridge_core.plan import Entry, Plan
+from bridge_core.plan import Entry, Plan, compile_entries
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -52,39 +63,48 @@ def lay_out_megatron(
     Raises:
         CheckpointError: HF tensors that become one Megatron tensor differ in dtype, and none was asked for.
     """
-    form, num_layers = written_form(plan), plan.fields["num_layers"]
+    forms = written_forms(plan.entries)
     boxes: dict[str, list[tuple[Shape, Shape]]] = defaultdict(list)
     shapes: dict[str, Shape] = {}
     dtypes: dict[str, str] = {}
     for entry in plan.entries:
         for layer, expert in entry.instances():
-            (place,) = places(entry, form, layer, expert, num_layers=num_layers)
-            for tensor in entry.hf:
-                name = fill(tensor.name, layer, expert)
-                found = cast_to(source.tensors[name].dtype, dtype)
-                if dtypes.setdefault(place.key, found) != found:
-                    raise CheckpointError(
-                        "HF tensors that become one Megatron tensor differ in dtype",
-                        where=name,
-                        expected=dtypes[place.key],
-                        got=found,
-                        fix="choose one with --dtype (dtype=...)",
-                    )
-            shapes[place.key] = stacked_shape(place)
-            boxes[place.key].append(_chunk_of(place))
+            stored = _one_dtype(entry, layer, expert, source, dtype)
+            for place in places(entry, forms[entry.block], layer, expert):
+                if dtypes.setdefault(place.key, stored) != stored:
+                    raise _mixed(place.key, dtypes[place.key], stored)
+                shapes[place.key] = stacked_shape(place)
+                boxes[place.key].append(_chunk_of(place))
     tensors = {key: (dtypes[key], shapes[key], boxes[key]) for key in shapes}
     nothing = extra_state_object()
-    objects = dict.fromkeys(extra_state_keys(plan.entries, form, num_layers=num_layers), nothing)
+    objects = dict.fromkeys(extra_state_keys(plan.entries, forms), nothing)
     layout = plan_dcp(tensors, objects, files=files)
     # An alias is a second entry in the table of contents for the same bytes.
-    aliases = {alias: layout.tensors[key] for key, alias in alias_keys(plan.entries, form)}
+    aliases = {alias: layout.tensors[key] for key, alias in alias_keys(plan.entries, forms)}
     return replace(layout, tensors=layout.tensors | aliases), dtypes
 
 
-def written_form(plan: Plan) -> Form:
-    """The form that megatron-core will ask for: stacked if all layers are alike."""
-    alike = all(len(e.layers) == plan.fields["num_layers"] for e in plan.entries if e.has_layer)
-    return Form.STACKED if alike else Form.PER_LAYER
+def _one_dtype(entry: Entry, layer: int, expert: int, source: HfFolder, wanted: str | None) -> str:
+    """The dtype of a Megatron tensor: that of all its HF tensors, or the one wanted."""
+    dtypes: dict[str, str] = {}
+    for tensor in entry.hf:
+        name = fill(tensor.name, layer, expert)
+        stored = source.tensors[name].dtype
+        dtypes[name] = cast_to(stored, None if entry.dtype else wanted)
+    if len(set(dtypes.values())) > 1:
+        first, *others = dtypes.items()
+        raise _mixed(next(name for name, found in others if found != first[1]), first[1], dtypes)
+    return next(iter(dtypes.values()))
+
+
+def _mixed(where: str, expected: object, got: object) -> CheckpointError:
+    return CheckpointError(
+        "HF tensors that become one Megatron tensor differ in dtype",
+        where=where,
+        expected=expected,
+        got=got,
+        fix="choose one with --dtype (dtype=...)",
+    )
 
 
 def _chunk_of(place: Place) -> tuple[Shape, Shape]:
@@ -109,23 +129,24 @@ def create_files(folder: Path, layout: DcpLayout, names: Collection[str]) -> Non
 
 def import_jobs(plan: Plan, source: HfFolder, layout: DcpLayout, folder: Path) -> Iterator[Job]:
     """One job per Megatron tensor, in the order of the layout's files."""
-    form, num_layers = written_form(plan), plan.fields["num_layers"]
+    forms = written_forms(plan.entries)
     placed = {(p.key, p.offsets): p for p in layout.placed()}
     paths = {name: str(folder / name) for name in layout.files}
+    cuts = _Cuts()
     for entry in plan.entries:
         for layer, expert in entry.instances():
-            (place,) = places(entry, form, layer, expert, num_layers=num_layers)
-            offsets, sizes = _chunk_of(place)
-            chunk = placed[place.key, offsets]
-            dtype = layout.tensors[place.key].dtype
-            target = Stored(paths[chunk.file], chunk.data_offset, dtype, entry.shape)
-            item = tensor_item(dtype, sizes)
-            # The gap up to the next item is filled as well, so that items follow one another without a hole.
-            end = chunk.data_offset + item.nbytes + len(item.tail)
-            padding = bytes(min(-end % ALIGNMENT, layout.files[chunk.file] - end))
-            pieces = entry.instance(entry.pieces, layer, expert)
-            parts = tuple((source.tensors[piece.source.tensor], piece) for piece in pieces)
-            yield Job(target, parts, item.head, item.tail + padding)
+            for place in places(entry, forms[entry.block], layer, expert):
+                offsets, sizes = _chunk_of(place)
+                chunk = placed[place.key, offsets]
+                dtype = layout.tensors[place.key].dtype
+                target = Stored(paths[chunk.file], chunk.data_offset, dtype, place.box.shape)
+                item = tensor_item(dtype, sizes)
+                # The gap up to the next item is filled as well, so that items follow one another without a hole.
+                end = chunk.data_offset + item.nbytes + len(item.tail)
+                padding = bytes(min(-end % ALIGNMENT, layout.files[chunk.file] - end))
+                pieces = entry.instance(cuts.inside(entry, place.box), layer, expert)
+                parts = tuple((source.tensors[piece.source.tensor], piece) for piece in pieces)
+                yield Job(target, parts, item.head, item.tail + padding, entry.shift)
 
 
 # --- Megatron to HF -------------------------------------------------------------------------------
@@ -136,19 +157,18 @@ class Wired:
     """A plan's entries and where a checkpoint holds them."""
 
     plan: Plan
-    form: Form
+    forms: Forms
     tensors: Mapping[str, DcpTensor]
     folder: Path
     _by_index: dict[str, dict[Shape, list[DcpChunk]]] = field(default_factory=dict, repr=False)
 
     def hf_dtypes(self, wanted: str | None) -> dict[str, str]:
         """Dtype of every HF tensor, from the Megatron tensor it comes from or as asked for."""
-        num_layers = self.plan.fields["num_layers"]
         found: dict[str, str] = {}
         for entry in self.plan.entries:
             for layer, expert in entry.instances():
-                keys = [place.key for place in places(entry, self.form, layer, expert, num_layers=num_layers)]
-                dtypes = {cast_to(self.tensors[key].dtype, wanted) for key in keys}
+                keys = [place.key for place in places(entry, self.forms[entry.block], layer, expert)]
+                dtypes = {cast_to(self.tensors[key].dtype, None if entry.dtype else wanted) for key in keys}
                 if len(dtypes) > 1:
                     raise CheckpointError(
                         "parts of one Megatron tensor differ in dtype",
@@ -160,7 +180,7 @@ class Wired:
                 (dtype,) = dtypes
                 for tensor in entry.hf:
                     found[fill(tensor.name, layer, expert)] = dtype
-        return found
+        return found | {name: found[copy.of] for name, copy in self.plan.copies.items()}
 
     def chunks(self, place: Place) -> list[DcpChunk]:
         """The chunks that hold parts of a place."""
@@ -185,18 +205,36 @@ def megatron_entries(plan: Plan, checkpoint: MegatronFolder) -> Wired:
     Raises:
         CoverageError: tensors are missing, unexpected or of another shape.
     """
-    num_layers = plan.fields["num_layers"]
     weights = without_aliases(plan.entries, checkpoint.weights())
-    form = form_of(plan.entries, weights, num_layers=num_layers, where=checkpoint.path)
-    check_weights(plan.entries, form, weights, num_layers=num_layers, where=checkpoint.path)
-    return Wired(plan, form, weights, checkpoint.path)
+    for key in _left_out(plan, checkpoint, weights):
+        del weights[key]
+    forms = forms_of(plan.entries, weights, where=checkpoint.path)
+    check_weights(plan.entries, forms, weights, where=checkpoint.path)
+    return Wired(plan, forms, weights, checkpoint.path)
+
+
+def _left_out(plan: Plan, checkpoint: MegatronFolder, weights: Mapping[str, DcpTensor]) -> set[str]:
+    """Keys of a checkpoint that hold what the plan was asked to ignore."""
+    if not plan.ignore:
+        return set()
+    kept = {entry.name for entry in plan.entries}
+    whole = compile_entries(checkpoint.family, checkpoint.fields, padded_vocab=plan.padded_vocab)
+    ignored = tuple(entry for entry in whole if entry.name not in kept)
+    keys = {
+        place.key
+        for form in Form
+        for entry in ignored
+        for layer, expert in entry.instances()
+        for place in places(entry, form, layer, expert)
+    }
+    return keys & weights.keys()
 
 
 def without_aliases(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor]) -> dict[str, DcpTensor]:
     """The tensors under their own keys; an alias is renamed, or dropped where it stands for the same bytes."""
     found = dict(tensors)
     for form in Form:
-        for key, alias in alias_keys(entries, form):
+        for key, alias in alias_keys(entries, dict.fromkeys(by_block(entries), form)):
             if alias in found and (key not in found or found[key] == found[alias]):
                 found[key] = found.pop(alias)
     return found
@@ -205,26 +243,28 @@ def without_aliases(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor]
 def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path) -> list[Job]:
     """One job per HF tensor, in the order of the files and of bytes within them."""
     parts: dict[str, list[tuple[Stored, Piece]]] = defaultdict(list)
-    num_layers = plan.fields["num_layers"]
-    cuts: dict[tuple[str, Box], tuple[Piece, ...]] = {}
+    shifts: dict[str, float] = {}
+    cuts = _Cuts()
     with ExitStack() as stack:
         stored = _Chunks(wired, stack)
         for entry in plan.entries:
             for layer, expert in entry.instances():
-                for place in places(entry, wired.form, layer, expert, num_layers=num_layers):
+                for place in places(entry, wired.forms[entry.block], layer, expert):
                     for chunk in wired.chunks(place):
                         item = stored.find(place.key, chunk)
                         inside, shift = _inside(place, chunk)
-                        if (local := cuts.get((entry.name, inside))) is None:
-                            local = cuts[entry.name, inside] = _cut(entry, inside)
-                        for piece in entry.instance(local, layer, expert):
+                        for piece in entry.instance(cuts.inside(entry, inside), layer, expert):
                             back = piece.inverse()
                             if shift:
                                 back = back._replace(source=back.source.moved(shift))
                             parts[back.target.tensor].append((item, back))
+                            if entry.shift:
+                                shifts[back.target.tensor] = -entry.shift
+    for name, copy in plan.copies.items():
+        parts[name] = parts[copy.of]  # the names in pieces are not looked at
     paths = {file.name: str(folder / file.name) for file in layout.files}
     return [
-        Job(Stored(paths[file.name], offset, dtype, shape), tuple(parts[name]))
+        Job(Stored(paths[file.name], offset, dtype, shape), tuple(parts[name]), shift=shifts.get(name, 0.0))
         for file in layout.files
         for name, (offset, dtype, shape) in file.tensors.items()
     ]
@@ -244,10 +284,20 @@ def _inside(place: Place, chunk: DcpChunk) -> tuple[Box, int]:
     return Box(start, sizes), shift
 
 
-def _cut(entry: Entry, box: Box) -> tuple[Piece, ...]:
-    """The entry's pieces in one region of its Megatron tensor, in the coordinates of that region."""
-    at = (0,) * len(box.shape)
-    return tuple(p for piece in entry.pieces for p in restrict(piece, "target", entry.shape, box, box.shape, at))
+class _Cuts:
+    """An entry's pieces in one region of its Megatron tensor, in the coordinates of that region; each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, Box], tuple[Piece, ...]] = {}
+
+    def inside(self, entry: Entry, box: Box) -> tuple[Piece, ...]:
+        if box.shape == entry.shape:
+            return entry.pieces
+        if (made := self._made.get((entry.name, box))) is None:
+            at = (0,) * len(box.shape)
+            cut = (restrict(piece, "target", entry.shape, box, box.shape, at) for piece in entry.pieces)
+            made = self._made[entry.name, box] = tuple(part for parts in cut for part in parts)
+        return made
 
 
 class _Chunks:

@@ -86,7 +86,9 @@ def _allow_many_files() -> None:
 
 
 def _failed(error: BridgeError) -> int:
-    # Under torchrun every worker learns of an error; one of them says it.
-    if int(os.environ.get("RANK") or 0) == 0:
+    from bridge_core.runtime.workers import RendezvousError
+
+    # Under torchrun every worker learns of an error; one of them says it. Workers that have not met all do.
+    if int(os.environ.get("RANK") or 0) == 0 or isinstance(error, RendezvousError):
         print(f"{PROGRAM}: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1

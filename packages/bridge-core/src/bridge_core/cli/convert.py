@@ -18,7 +18,8 @@ from bridge_core.cli.tables import facts, in_bytes
 from bridge_core.errors import preview
 
 if TYPE_CHECKING:
-    from bridge_core.checkpoint.convert import Options, Report, Workers
+    from bridge_core.checkpoint.convert import Options, Report
+    from bridge_core.checkpoint.workers import Workers
 
 DType = Annotated[
     Literal["bf16", "fp16", "fp32"] | None,
@@ -27,8 +28,18 @@ DType = Annotated[
 Overwrite = Annotated[
     bool, "Replace an output folder that holds something; it stays as it is until the new one is finished."
 ]
+Durable = Annotated[
+    bool, "Wait for the disk before the output gets its name, so that it also outlives a crash of the machine."
+]
 Threads = Annotated[int, "Copies in flight at a time, in each process."]
+IgnoreOption = Annotated[
+    tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
+]
+Rendezvous = Annotated[float, "Minutes to wait under torchrun until all processes are there."]
 Json = Annotated[bool, "Print the report as JSON."]
+Ignore = Annotated[
+    tuple[str, ...], "HF names to leave out, as patterns of a shell (mtp.*, model.visual.*); the report names them."
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +50,11 @@ class Import:
     megatron: Annotated[Path, "Output folder; gets iter_0000000/ and latest_checkpointed_iteration.txt."]
     dtype: DType = None
     overwrite: Overwrite = False
+    durable: Durable = False
     threads: Threads = 2
-    ignore_option: Annotated[
-        tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
-    ] = ()
+    rendezvous_minutes: Rendezvous = 10.0
+    ignore: Ignore = ()
+    ignore_option: IgnoreOption = ()
     json: Json = False
 
     def run(self) -> int:
@@ -51,7 +63,12 @@ class Import:
 
         def convert(options: Options, on_total: Callable[[int], None]) -> Report:
             return import_ckpt(
-                self.hf, self.megatron, options=options, ignore_options=self.ignore_option, on_total=on_total
+                self.hf,
+                self.megatron,
+                options=options,
+                ignore=self.ignore,
+                ignore_options=self.ignore_option,
+                on_total=on_total,
             )
 
         return _convert("imported", self, convert)
@@ -74,9 +91,13 @@ class Export:
         str,
         "Bytes per weight file where no --source says how to split: a number, kB, MB, GB, TB (or KiB, MiB, GiB, TiB).",
     ] = "2GB"
+    ignore: Ignore = ()
     dtype: DType = None
     overwrite: Overwrite = False
+    durable: Durable = False
     threads: Threads = 2
+    ignore_option: IgnoreOption = ()
+    rendezvous_minutes: Rendezvous = 10.0
     json: Json = False
 
     def run(self) -> int:
@@ -93,6 +114,8 @@ class Export:
                 hf_config=self.hf_config,
                 max_shard_size=max_shard_size,
                 options=options,
+                ignore=self.ignore,
+                ignore_options=self.ignore_option,
                 on_total=on_total,
             )
 
@@ -105,12 +128,13 @@ Run = Callable[["Options", Callable[[int], None]], "Report"]
 def _convert(done: str, verb: Import | Export, convert: Run) -> int:
     from bridge_core.checkpoint.convert import Options
 
-    with _workers() as workers:
+    with _workers(verb.rendezvous_minutes) as workers:
         started = time.perf_counter()
         with bar(done.removesuffix("ed"), workers=workers.size, quiet=workers.rank > 0) as shown:
             options = Options(
                 dtype=verb.dtype,
                 overwrite=verb.overwrite,
+                durable=verb.durable,
                 workers=workers,
                 threads=verb.threads,
                 progress=shown.progress,
@@ -123,12 +147,14 @@ def _convert(done: str, verb: Import | Export, convert: Run) -> int:
 
 
 @contextmanager
-def _workers() -> Iterator[Workers]:
+def _workers(rendezvous_minutes: float) -> Iterator[Workers]:
     """This process alone, or under torchrun all that it started."""
-    from bridge_core.checkpoint.convert import Alone
+    from bridge_core.checkpoint.workers import Alone
     from bridge_core.runtime.workers import torchrun_workers, world_size
 
-    with torchrun_workers() if world_size() > 1 else nullcontext(Alone()) as workers:
+    with (
+        torchrun_workers(rendezvous_minutes=rendezvous_minutes) if world_size() > 1 else nullcontext(Alone()) as workers
+    ):
         yield workers
 
 

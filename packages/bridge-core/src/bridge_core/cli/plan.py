@@ -40,6 +40,9 @@ class Plan:
         str | None, "Megatron's layout string, for example 'Et*3|(tt|)*29,m|L'."
     ] = None
     make_vocab_size_divisible_by: Annotated[int, "The vocabulary is padded to a multiple of this times --tp."] = 1
+    ignore: Annotated[
+        tuple[str, ...], "HF names to leave out of the plan, as patterns of a shell (mtp.*, model.visual.*)."
+    ] = ()
     ignore_option: Annotated[
         tuple[str, ...], "Options of config.json to leave out of account although the family does not know them."
     ] = ()
@@ -74,7 +77,8 @@ class Plan:
         from bridge_core.checkpoint.hf_folder import read_config
         from bridge_core.topology import ParallelLayout
 
-        bridge = AutoBridge.from_hf_config(read_config(self.config), ignore_options=self.ignore_option)
+        config = read_config(self.config)
+        bridge = AutoBridge.from_hf_config(config, ignore=self.ignore, ignore_options=self.ignore_option)
         sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _LAYOUT}
         return bridge.plan(ParallelLayout(**sizes), make_vocab_size_divisible_by=self.make_vocab_size_divisible_by)
 

@@ -12,9 +12,21 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from bridge_core.errors import ConfigError, preview
-from bridge_core.families.family import Config, Family, Field, Fields, Table
+from bridge_core.families.family import Config, Copy, Family, Field, Fields, Section, Table
 
-__all__ = ["Config", "Family", "Field", "Fields", "Table", "all_families", "family_for", "family_named", "recognise"]
+__all__ = [
+    "Config",
+    "Copy",
+    "Family",
+    "Field",
+    "Fields",
+    "Section",
+    "Table",
+    "all_families",
+    "family_for",
+    "family_named",
+    "recognise",
+]
 
 ENTRY_POINTS = "bridge_core.families"
 
@@ -24,6 +36,8 @@ _BUILT_IN = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
 }
 
 

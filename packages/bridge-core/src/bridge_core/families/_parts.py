@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from bridge_core.errors import ConfigError
-from bridge_core.families.family import Config, Field, Fields, Table
-from bridge_core.rules import QKV, GateUp, Replicated, Row, Vocab
+from bridge_core.families.family import Config, Copy, Field, Fields, Table
+from bridge_core.rules import QKV, GateUp, Replicated, Row, Rule, Vocab
 
 DECODER = "decoder.layers.{layer}"
 HF_LAYER = "model.layers.{layer}"
@@ -62,6 +62,24 @@ def moe_mlp(block: str, gate_up: str, down: str) -> Table:
 def on_layers(table: Table, layers: Sequence[int]) -> Table:
     """The same rows, for some layers only; no rows if there are none."""
     return {name: replace(rule, layers=tuple(layers)) for name, rule in table.items()} if layers else {}
+
+
+def under(table: Table, prefix: str, other: str) -> Table:
+    """The same rows with HF names that begin with another prefix, in all their forms."""
+
+    def moved(rule: Rule) -> Rule:
+        otherwise = moved(rule.otherwise) if rule.otherwise else None
+        name = other + rule.hf.removeprefix(prefix) if rule.hf.startswith(prefix) else rule.hf
+        return replace(rule, hf=name, otherwise=otherwise)
+
+    return {name: moved(rule) for name, rule in table.items()}
+
+
+def tied_head(fields: Fields) -> Mapping[str, Copy]:
+    """Some models whose output layer is the embedding were saved with both; then both have to be equal."""
+    if not fields["share_embeddings_and_output_weights"]:
+        return {}
+    return {"lm_head.weight": Copy("model.embed_tokens.weight", written=False)}
 
 
 def head(fields: Fields) -> Table:
@@ -150,6 +168,40 @@ def read_rope(config: Config) -> Fields:
             fix="teach families/_parts.py `read_rope` and `write_rope` to translate it",
         )
     return fields
+
+
+# transformers 5.23, models/qwen3_vl/modeling_qwen3_vl.py, `Qwen3VLTextRotaryEmbedding`.
+_MROPE_SECTION = [24, 20, 20]
+
+
+def read_mrope(config: Config, *, section: Sequence[int] = _MROPE_SECTION) -> Fields:
+    """Rotary embedding over three positions (time, height, width), whose channels are interleaved.
+
+    `section` says how many channels each has where config.json does not.
+
+    megatron-core 0.19 has the positions (`mrope_section`), not the interleaving; for text, all three are one.
+    """
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = dict(config.get(name) or {})
+    channels = list(rope.pop("mrope_section", section))
+    if not rope.pop("mrope_interleaved", True):
+        raise ConfigError(
+            "the channels of the three positions are not interleaved",
+            where=f"config.json: {name}.mrope_interleaved",
+            expected=True,
+            got=False,
+            fix="teach families/_parts.py `read_mrope` to translate it",
+        )
+    plain = read_rope({**config, name: rope})
+    return plain | {"position_embedding_type": "mrope", "mrope_section": channels, "mrope_interleaved": True}
+
+
+def write_mrope(fields: Fields) -> dict[str, Any]:
+    """The way back of `read_mrope`."""
+    written = write_rope(fields)
+    scaling = written["rope_scaling"] or {"rope_type": "default"}
+    interleaved = {"mrope_section": fields["mrope_section"], "mrope_interleaved": fields["mrope_interleaved"]}
+    return written | {"rope_scaling": scaling | interleaved}
 
 
 def _nothing_left(kind: str, rope: dict[str, Any]) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 from bridge_core.errors import ConfigError, preview
+from bridge_core.patterns import alternatives
 from bridge_core.rules import Rule
 
 Config = Mapping[str, Any]
@@ -83,21 +85,57 @@ Reading = Callable[[Config], Fields]
 Writing = Callable[[Fields], dict[str, Any]]
 
 
+class Copy(NamedTuple):
+    """An HF tensor that repeats another one: no Megatron tensor is made from it, but it has to be equal.
+
+    Attributes:
+        of: the tensor that it repeats.
+        written: whether exports write it; else it is accepted where a checkpoint has it.
+    """
+
+    of: str
+    written: bool
+
+
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class Section:
+    """One part of config.json, and how its options are translated.
+
+    Attributes:
+        fields: options that both sides have.
+        fixed: HF options that must have the given value where present, and are written so.
+        reads: translations from HF that are more than a renaming; each returns Megatron fields.
+        writes: the way back; each takes Megatron fields and returns HF options.
+        handled: HF options that `reads` takes care of, or another section.
+    """
+
+    fields: Sequence[Field] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    reads: Sequence[Reading] = ()
+    writes: Sequence[Writing] = ()
+    handled: frozenset[str] = frozenset()
+
+    def known(self) -> set[str]:
+        """Every option that the section accounts for."""
+        return {name for f in self.fields for name in f.names} | set(self.fixed) | self.handled | CARRIED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Section):
     """A model family: which architectures it is for, how it is configured, where its weights lie.
+
+    What it inherits from `Section` is the part of config.json that configures the language model.
 
     Attributes:
         name: short name, as run_config.yaml records it.
         architectures: values of config.json's `architectures` that the family handles.
         model_type: config.json's `model_type`.
-        fields: options that both sides have.
-        fixed: HF options that must have the given value where present, and are written so.
+        inside: name of the part of config.json that configures the language model; empty for all of it.
+        sections: the other parts by name, the top level (where `inside` is not empty) as the empty name.
         megatron: Megatron fields that are the same for every model of the family.
-        reads: translations from HF that are more than a renaming; each returns Megatron fields.
-        writes: the way back; each takes Megatron fields and returns HF options.
-        handled: HF options that `reads` takes care of.
         table: mapping table of a model with the given Megatron fields.
+        dims: sizes that the table names beside those that every decoder has.
+        copies: HF tensors that repeat others, by name.
         ignored: HF tensors that are no weights: name pattern to the reason.
         recognises: whether a model with the given Megatron fields is of this family; used to export
             a checkpoint that says nothing of its HF origin.
@@ -106,15 +144,19 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     model_type: str
-    fields: Sequence[Field]
     table: Callable[[Fields], Table]
     recognises: Callable[[Fields], bool]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    inside: str = ""
+    sections: Mapping[str, Section] = field(default_factory=dict)
     megatron: Mapping[str, Any] = field(default_factory=dict)
-    reads: Sequence[Reading] = ()
-    writes: Sequence[Writing] = ()
-    handled: frozenset[str] = frozenset()
+    dims: Callable[[Fields], Mapping[str, int]] = lambda fields: {}
+    copies: Callable[[Fields], Mapping[str, Copy]] = lambda fields: {}
     ignored: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Section]:
+        """Every part of config.json by its name; the empty name is the top level."""
+        return {self.inside: self, **self.sections}
 
     def to_megatron(self, config: Config, *, ignore: Sequence[str] = ()) -> Fields:
         """Megatron fields of an HF configuration.
@@ -126,62 +168,116 @@ class Family:
         Raises:
             ConfigError: an option is missing, has a value that Megatron cannot express, or is unknown.
         """
-        known = {name for f in self.fields for name in f.names} | set(self.fixed) | self.handled | CARRIED | set(ignore)
-        if unknown := sorted(set(config) - known):
+        fields: Fields = dict(self.megatron)
+        for name, section in self.parts.items():
+            part = config if name == "" else self._part(config, name)
+            where = f"config.json: {name}." if name else "config.json: "
+            nested = set(self.parts) - {""} if name == "" else set()
+            self._check_known(part, section.known() | nested | set(ignore), where)
+            self._check_fixed(part, section, ignore, where)
+            fields.update(self._read(part, section, where))
+        return fields
+
+    def to_hf(self, fields: Fields) -> dict[str, Any]:
+        """The HF configuration of a model with the given Megatron fields."""
+        config: dict[str, Any] = {"architectures": [self.architectures[0]], "model_type": self.model_type}
+        for name, section in self.parts.items():
+            part = config if name == "" else config.setdefault(name, {})
+            for option in section.fields:
+                if option.megatron not in fields:
+                    raise ConfigError(
+                        "the checkpoint's configuration lacks a field that config.json needs",
+                        where=option.megatron,
+                        expected=f"a value, which becomes {option.hf}",
+                        fix="pass the HF folder (or its config.json) that the model came from",
+                    )
+                part[option.hf] = fields[option.megatron]
+            part.update(section.fixed)
+            for write in section.writes:
+                part.update(write(fields))
+        return config
+
+    def without(self, fields: Fields, ignore: Sequence[str]) -> Fields:
+        """The fields of a model of which the HF names that match `ignore` are left out: without MTP, if that is.
+
+        Args:
+            fields: Megatron fields.
+            ignore: patterns (as in a shell) of HF names.
+        """
+        rows = [rule.hf for name, rule in self.table(fields).items() if name.startswith("mtp.")]
+        names = [name for row in rows for name in alternatives(row)]
+        gone = names and all(any(fnmatchcase(name, pattern) for pattern in ignore) for name in names)
+        return fields | {"mtp_num_layers": None} if gone else fields
+
+    def consistent(self, config: Config, fields: Fields) -> dict[str, Any]:
+        """An HF configuration with the options changed that do not say what `fields` do."""
+        before = self.to_hf(self.to_megatron(config, ignore=tuple(config)))
+        return _changed(config, before, self.to_hf(fields))
+
+    def _part(self, config: Config, name: str) -> Config:
+        if not isinstance(part := config.get(name), Mapping):
+            raise ConfigError(
+                "the configuration lacks a part",
+                where=f"config.json: {name}",
+                expected=f"a mapping, as in every {self.name} model's",
+                got=type(part).__name__,
+                fix="compare config.json with that of a published model",
+            )
+        return part
+
+    def _check_known(self, part: Config, known: set[str], where: str) -> None:
+        if unknown := sorted(set(part) - known):
             raise ConfigError(
                 f"the {self.name} family does not translate {len(unknown)} option(s) of the configuration",
-                where=f"config.json: {preview(unknown)}",
+                where=f"{where}{preview(unknown)}",
                 expected=f"options of a {self.name} model that this package knows",
-                got=preview(f"{name}={config[name]!r}" for name in unknown),
+                got=preview(f"{name}={part[name]!r}" for name in unknown),
                 fix="if they change nothing that matters, name them in `ignore_options` (--ignore-option); "
                 f"else teach families/{self.name}.py to translate them",
             )
-        for name, value in self.fixed.items():
-            if name in config and name not in ignore and config[name] != value:
+
+    def _check_fixed(self, part: Config, section: Section, ignore: Sequence[str], where: str) -> None:
+        for name, value in section.fixed.items():
+            if name in part and name not in ignore and part[name] != value:
                 raise ConfigError(
                     f"the {self.name} family cannot express an option's value",
-                    where=f"config.json: {name}",
+                    where=f"{where}{name}",
                     expected=repr(value),
-                    got=repr(config[name]),
+                    got=repr(part[name]),
                     fix=f"teach the {self.name} family to translate it",
                 )
-        fields: Fields = dict(self.megatron)
+
+    def _read(self, part: Config, section: Section, where: str) -> Fields:
+        fields: Fields = {}
         try:
-            for option in self.fields:
-                value = fields[option.megatron] = option.read(config)
+            for option in section.fields:
+                value = fields[option.megatron] = option.read(part)
                 if option.megatron in _WHOLE and (type(value) is not int or value < 1):
                     raise ConfigError(
                         "a size is not a positive whole number",
-                        where=f"config.json: {option.hf}",
+                        where=f"{where}{option.hf}",
                         expected="an int >= 1",
                         got=repr(value),
                         fix="correct config.json",
                     )
-            for read in self.reads:
-                fields.update(read(config))
+            for read in section.reads:
+                fields.update(read(part))
         except (TypeError, KeyError, ArithmeticError, AttributeError) as error:
             raise ConfigError(
                 "an option of the configuration has a value of the wrong kind, or lacks a part",
-                where="config.json",
+                where=where.removesuffix(": "),
                 expected=f"what a {self.name} model's configuration holds",
                 got=f"{type(error).__name__}: {error}",
                 fix="compare config.json with that of a published model",
             ) from error
         return fields
 
-    def to_hf(self, fields: Fields) -> dict[str, Any]:
-        """The HF configuration of a model with the given Megatron fields."""
-        config: dict[str, Any] = {"architectures": [self.architectures[0]], "model_type": self.model_type}
-        for option in self.fields:
-            if option.megatron not in fields:
-                raise ConfigError(
-                    "the checkpoint's configuration lacks a field that config.json needs",
-                    where=option.megatron,
-                    expected=f"a value, which becomes {option.hf}",
-                    fix="pass the HF folder (or its config.json) that the model came from",
-                )
-            config[option.hf] = fields[option.megatron]
-        config.update(self.fixed)
-        for write in self.writes:
-            config.update(write(fields))
-        return config
+
+def _changed(config: Config, before: Config, after: Config) -> dict[str, Any]:
+    found = dict(config)
+    for name, value in after.items():
+        if isinstance(value, Mapping) and isinstance(found.get(name), Mapping):
+            found[name] = _changed(found[name], before.get(name, {}), value)
+        elif before.get(name) != value:
+            found[name] = value
+    return found

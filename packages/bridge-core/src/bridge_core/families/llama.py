@@ -11,6 +11,7 @@ from bridge_core.families._parts import (
     ROPE_OPTIONS,
     head,
     read_rope,
+    tied_head,
     write_rope,
 )
 from bridge_core.families.family import Config, Family, Fields, Table
@@ -42,6 +43,7 @@ FAMILY = Family(
     writes=(write_rope,),
     handled=ROPE_OPTIONS,
     table=table,
+    copies=tied_head,
     ignored={"model.layers.{layer}.self_attn.rotary_emb.inv_freq": "recomputed from rope_theta"},
     recognises=recognises,
 )

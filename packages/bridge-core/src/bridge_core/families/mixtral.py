@@ -12,6 +12,7 @@ from bridge_core.families._parts import (
     head,
     moe_mlp,
     read_rope,
+    tied_head,
     write_rope,
 )
 from bridge_core.families.family import Family, Field, Fields, Table
@@ -52,5 +53,6 @@ FAMILY = Family(
     writes=(write_rope,),
     handled=ROPE_OPTIONS,
     table=table,
+    copies=tied_head,
     recognises=recognises,
 )

@@ -14,6 +14,7 @@ from bridge_core.families._parts import (
     head,
     read_full_attention,
     read_rope,
+    tied_head,
     write_rope,
 )
 from bridge_core.families.family import Family, Fields, Table
@@ -40,5 +41,6 @@ FAMILY = Family(
     writes=(write_rope, lambda fields: {"use_sliding_window": False}),
     handled=ROPE_OPTIONS | WINDOW_OPTIONS,
     table=table,
+    copies=tied_head,
     recognises=recognises,
 )

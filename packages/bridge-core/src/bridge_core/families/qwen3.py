@@ -14,6 +14,7 @@ from bridge_core.families._parts import (
     head,
     read_full_attention,
     read_rope,
+    tied_head,
     write_rope,
 )
 from bridge_core.families.family import Family, Fields, Table
@@ -26,7 +27,8 @@ def table(fields: Fields) -> Table:
 
 def recognises(fields: Fields) -> bool:
     """A dense decoder with norms on q and k."""
-    return bool(fields.get("qk_layernorm")) and not (fields.get("num_moe_experts") or fields.get("add_qkv_bias"))
+    others = ("num_moe_experts", "add_qkv_bias", "vision_num_layers")
+    return bool(fields.get("qk_layernorm")) and not any(fields.get(name) for name in others)
 
 
 FAMILY = Family(
@@ -40,5 +42,6 @@ FAMILY = Family(
     writes=(write_rope, lambda fields: {"use_sliding_window": False}),
     handled=ROPE_OPTIONS | WINDOW_OPTIONS,
     table=table,
+    copies=tied_head,
     recognises=recognises,
 )

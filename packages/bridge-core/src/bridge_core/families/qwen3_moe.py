@@ -20,11 +20,18 @@ from bridge_core.families._parts import (
     on_layers,
     read_full_attention,
     read_rope,
+    tied_head,
     write_rope,
 )
 from bridge_core.families.family import Config, Family, Field, Fields, Table
 
 EXPERTS = moe_mlp("mlp", "{gate,up}_proj", "down_proj")
+EXPERT_FIELDS = (
+    Field("num_experts", "num_moe_experts", aliases=("num_local_experts",)),
+    Field("num_experts_per_tok", "moe_router_topk"),
+    Field("moe_intermediate_size", "moe_ffn_hidden_size"),
+)
+EXPERT_OPTIONS = frozenset({"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"})
 
 
 def table(fields: Fields) -> Table:
@@ -57,8 +64,8 @@ def write_moe(fields: Fields) -> dict[str, Any]:
 
 
 def recognises(fields: Fields) -> bool:
-    """Experts, norms on q and k, no shared expert."""
-    shared = fields.get("moe_shared_expert_intermediate_size")
+    """Experts, norms on q and k, no shared expert, no vision tower."""
+    shared = fields.get("moe_shared_expert_intermediate_size") or fields.get("vision_num_layers")
     return bool(fields.get("num_moe_experts") and fields.get("qk_layernorm")) and not shared
 
 
@@ -68,15 +75,14 @@ FAMILY = Family(
     model_type="qwen3_moe",
     fields=(
         *DECODER_FIELDS,
-        Field("num_experts", "num_moe_experts", aliases=("num_local_experts",)),
-        Field("num_experts_per_tok", "moe_router_topk"),
-        Field("moe_intermediate_size", "moe_ffn_hidden_size"),
+        *EXPERT_FIELDS,
     ),
     fixed={"hidden_act": "silu", "attention_bias": False},
     megatron={**RMS_SWIGLU, **MOE, "add_qkv_bias": False, "qk_layernorm": True},
     reads=(read_rope, read_full_attention, read_moe),
     writes=(write_rope, write_moe),
-    handled=ROPE_OPTIONS | WINDOW_OPTIONS | {"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"},
+    handled=ROPE_OPTIONS | WINDOW_OPTIONS | EXPERT_OPTIONS,
     table=table,
+    copies=tied_head,
     recognises=recognises,
 )

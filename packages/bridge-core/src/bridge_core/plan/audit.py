@@ -40,7 +40,7 @@ def audit(plan: Plan, inventory: Mapping[str, Shape] | None = None) -> Audit:
     ignored = compare(plan, inventory) if inventory is not None else ()
     padding = sum(prod(e.padding.shape) * len(e.layers) * e.experts for e in plan.entries if e.padding)
     megatron = sum(e.numel * len(e.layers) * e.experts for e in plan.entries)
-    hf = sum(map(prod, plan.hf_tensors.values()))
+    hf = sum(prod(tensor.shape) for entry in plan.entries for _, tensor in entry.hf_names())
     if hf + padding != megatron:
         raise CoverageError("the two sides differ in elements", expected=f"{hf} + {padding} padding", got=megatron)
     return Audit(len(plan.hf_tensors), len(plan.megatron_tensors), hf, padding, ignored)
@@ -77,7 +77,7 @@ def _check_placement(plan: Plan, name: str) -> None:
 def _check_names(plan: Plan) -> None:
     """No tensor is explained by two rows."""
     for side, count, names in (
-        ("HF", sum(1 for e in plan.entries for _ in e.hf_names()), plan.hf_tensors),
+        ("HF", sum(1 for e in plan.entries for _ in e.hf_names()) + len(plan.written_copies), plan.hf_tensors),
         ("Megatron", sum(len(e.layers) * e.experts for e in plan.entries), plan.megatron_tensors),
     ):
         if count != len(names):
@@ -91,9 +91,10 @@ def _check_names(plan: Plan) -> None:
 def compare(plan: Plan, inventory: Mapping[str, Shape]) -> tuple[str, ...]:
     """Raise unless an HF inventory is what the plan expects; the tensors ignored by name come back."""
     expected = plan.hf_tensors
-    missing = [name for name in expected if name not in inventory]
-    extra = [name for name in inventory if name not in expected]
-    ignored = [n for n in extra if any(match(p, n) is not None for p in plan.family.ignored)]
+    missing = [name for name in expected if name not in inventory and name not in plan.copies]
+    extra = [name for name in inventory if name not in expected and name not in plan.copies]
+    no_weights = plan.family.ignored
+    ignored = [n for n in extra if plan.ignores(n) or any(match(pattern, n) is not None for pattern in no_weights)]
     unexpected = [name for name in extra if name not in set(ignored)]
     if missing or unexpected:
         raise CoverageError(
@@ -103,7 +104,8 @@ def compare(plan: Plan, inventory: Mapping[str, Shape]) -> tuple[str, ...]:
             got=f"{len(inventory)} tensors; unexpected {len(unexpected)}: {preview(unexpected) or 'none'}",
             fix="check that config.json belongs to these weights and that no shard file is missing",
         )
-    wrong = [name for name, shape in expected.items() if tuple(inventory[name]) != tuple(shape)]
+    expected = expected | {name: expected[copy.of] for name, copy in plan.copies.items() if name in inventory}
+    wrong = [name for name, shape in expected.items() if tuple(inventory.get(name, shape)) != tuple(shape)]
     if wrong:
         first = wrong[0]
         raise CoverageError(

@@ -5,16 +5,17 @@ Work is per *row*, never per tensor: a model with 90,000 tensors has about 15 ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
 from bridge_core.errors import ConfigError, CoverageError
-from bridge_core.families import Family, Fields
+from bridge_core.families import Family, Fields, Table
 from bridge_core.geometry import Box, Piece, Shape, View, row_major, tiling_error
-from bridge_core.patterns import at_layer, holes
-from bridge_core.rules import Dims, Split, Tensor
+from bridge_core.patterns import alternatives, at_layer, fill, holes
+from bridge_core.rules import Dims, Rule, Split, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,10 @@ class Entry:
         padding: rows that no HF element fills.
         layers: global numbers of the layers that have it; `(0,)` when the name has no layer.
         experts: number of experts; 1 when the name has no expert.
+        depth: layers of its block; 1 when the name has no layer.
+        dtype: its dtype where that is not the model's; never cast.
+        shift: Megatron's values are HF's plus this.
+        form: which of the HF forms of the row this is; 0 for the one that is written by default.
     """
 
     name: str
@@ -40,6 +45,15 @@ class Entry:
     padding: Box | None
     layers: tuple[int, ...]
     experts: int
+    depth: int = 1
+    dtype: str | None = None
+    shift: float = 0.0
+    form: int = 0
+
+    @property
+    def block(self) -> str:
+        """The stack of layers it belongs to, such as `decoder.layers`; empty when the name has no layer."""
+        return self.name.partition(".{layer}")[0] if self.has_layer else ""
 
     @property
     def is_expert(self) -> bool:
@@ -134,8 +148,8 @@ def tiling_error_with(shape: Shape, views: list, padding: Box | None) -> str | N
     return tiling_error(filled, views)
 
 
-def model_dims(fields: Fields, padded_vocab: int) -> Dims:
-    """The sizes that rules may name, from a model's Megatron fields."""
+def model_dims(family: Family, fields: Fields, padded_vocab: int) -> Dims:
+    """The sizes that rules may name, from a model's Megatron fields: those of every decoder, and the family's own."""
     dims = {
         "hidden": fields["hidden_size"],
         "ffn": fields["ffn_hidden_size"],
@@ -146,6 +160,8 @@ def model_dims(fields: Fields, padded_vocab: int) -> Dims:
         "padded_vocab": padded_vocab,
         "experts": fields.get("num_moe_experts") or 0,
         "moe_ffn": fields.get("moe_ffn_hidden_size") or 0,
+        "shared_ffn": fields.get("moe_shared_expert_intermediate_size") or 0,
+        **family.dims(fields),
     }
     for name, value in dims.items():
         if not isinstance(value, int) or value < 0:
@@ -161,26 +177,106 @@ def model_dims(fields: Fields, padded_vocab: int) -> Dims:
     return dims
 
 
-def compile_entries(family: Family, fields: Fields, *, padded_vocab: int | None = None) -> tuple[Entry, ...]:
+def compile_entries(
+    family: Family,
+    fields: Fields,
+    *,
+    padded_vocab: int | None = None,
+    inventory: Mapping[str, Shape] | None = None,
+    forms: Mapping[str, int] | None = None,
+    ignore: Sequence[str] = (),
+) -> tuple[Entry, ...]:
     """All rows of a family's table for one model, each checked to be an exact tiling.
 
     Args:
         family: the model family.
         fields: Megatron fields of the model.
         padded_vocab: rows of the embedding on the Megatron side; None for no padding.
+        inventory: shapes of the HF tensors that a checkpoint has, which choose between the forms of a row.
+        forms: numbers of the forms by Megatron name, without an inventory; 0 for those that it does not name.
+        ignore: patterns (as in a shell) of HF names to leave out, with the Megatron tensors made of them.
+
+    Raises:
+        CoverageError: a row does not tile its tensors, or a checkpoint fits two forms of one.
     """
-    dims = model_dims(fields, padded_vocab or fields["vocab_size"])
-    every_layer = tuple(range(fields["num_layers"]))
+    dims = model_dims(family, fields, padded_vocab or fields["vocab_size"])
+    table = family.table(fields)
+    depths = {"decoder.layers": fields["num_layers"]}
+    for name, row in table.items():
+        if "layer" in holes(name):
+            block = name.partition(".{layer}")[0]
+            depths[block] = max(depths.get(block, 0), 1 + max(row.layers or (0,)))
+    chosen = dict.fromkeys(table, 0) | dict(forms or {})
+    if inventory is not None:
+        chosen = _forms_in(table, inventory, dims)
     entries: list[Entry] = []
-    for name, rule in family.table(fields).items():
-        expansion = rule.expand(name, dims)
-        found = holes(name)
-        entry = Entry(
-            name=name,
-            **expansion._asdict(),
-            layers=(every_layer if rule.layers is None else rule.layers) if "layer" in found else (0,),
-            experts=dims["experts"] if "expert" in found else 1,
-        )
-        entry.check()
-        entries.append(entry)
+    for name, row in table.items():
+        rule = replace(_forms_of(row)[chosen[name]], layers=row.layers)
+        if not _left_out(name, rule, ignore):
+            entries.append(_entry(name, rule, chosen[name], dims, depths))
+            entries[-1].check()
     return tuple(entries)
+
+
+def _forms_of(row: Rule) -> list[Rule]:
+    """A row in all forms in which it is published."""
+    return [row, *(_forms_of(row.otherwise) if row.otherwise else ())]
+
+
+def _forms_in(table: Table, inventory: Mapping[str, Shape], dims: Dims) -> dict[str, int]:
+    """Which form of every row a checkpoint has, by names and shapes; the first where it has none of them."""
+    fitting = {name: _fitting(name, row, inventory, dims) if row.otherwise else [0] for name, row in table.items()}
+    # A square matrix fits either way round; the other rows of the same forms then say which it is.
+    told = {found[0] for name, found in fitting.items() if len(found) == 1 and table[name].otherwise}
+    chosen: dict[str, int] = {}
+    for name, found in fitting.items():
+        if len(found) > 1:
+            found = [form for form in found if form in told]
+            if len(found) != 1:
+                raise CoverageError(
+                    "a checkpoint fits several forms of a tensor",
+                    where=name,
+                    expected="names and shapes that only one of its forms has",
+                    got=", ".join(rule.hf for rule in _forms_of(table[name])),
+                    fix="convert it with the library that wrote it to one of the published forms",
+                )
+        chosen[name] = found[0] if found else 0
+    return chosen
+
+
+def _fitting(name: str, row: Rule, inventory: Mapping[str, Shape], dims: Dims) -> list[int]:
+    layer = (row.layers or (0,))[0]
+    return [
+        form
+        for form, rule in enumerate(_forms_of(row))
+        if all(inventory.get(fill(t.name, layer)) == t.shape for t in rule.expand(name, dims).hf)
+    ]
+
+
+def _entry(name: str, rule: Rule, form: int, dims: Dims, depths: Mapping[str, int]) -> Entry:
+    found = holes(name)
+    depth = depths[name.partition(".{layer}")[0]] if "layer" in found else 1
+    return Entry(
+        name=name,
+        **rule.expand(name, dims)._asdict(),
+        layers=(rule.layers or tuple(range(depth))) if "layer" in found else (0,),
+        experts=dims["experts"] if "expert" in found else 1,
+        depth=depth,
+        dtype=rule.dtype,
+        shift=rule.shift,
+        form=form,
+    )
+
+
+def _left_out(target: str, rule: Rule, ignore: Sequence[str]) -> bool:
+    """Whether patterns leave a row out; they have to name all of its HF tensors or none."""
+    found = [any(fnmatchcase(name, pattern) for pattern in ignore) for name in alternatives(rule.hf)]
+    if any(found) and not all(found):
+        raise CoverageError(
+            "a part of a Megatron tensor would be left out",
+            where=target,
+            expected=f"all or none of {', '.join(alternatives(rule.hf))}",
+            got=f"ignore={', '.join(ignore)}",
+            fix="name all of them, or none",
+        )
+    return any(found)

@@ -7,18 +7,19 @@ pieces of one tensor-parallel coordinate, computed once. Names and numbers are f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import LayoutError
-from bridge_core.families import Family, Fields
+from bridge_core.families import Copy, Family, Fields
 from bridge_core.geometry import Box, Piece, Shape, restrict, whole
 from bridge_core.patterns import at_layer, fill
 from bridge_core.plan.audit import Audit, audit
 from bridge_core.plan.entries import Entry, compile_entries
+from bridge_core.plan.placement import DECODER_LAYERS, EMBEDDING, OUTPUT, check_layout, holds, part_of
 from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range, place_layers
 
 
@@ -92,6 +93,10 @@ class Plan:
         dtypes: safetensors dtype by HF name.
         make_vocab_size_divisible_by: the Megatron vocabulary is padded to a multiple of this times `tp`.
         padded_vocab: rows of the Megatron vocabulary, where they are known already.
+        inventory: shapes of the HF tensors that a checkpoint has; they choose between the forms in which a family
+            is published.
+        forms: or the forms themselves, as another plan's `forms` has them.
+        ignore: patterns (as in a shell) of HF names to leave out: `mtp.*`, `model.visual.*`.
 
     Raises:
         LayoutError: heads, experts, layers or widths do not divide over the layout.
@@ -108,6 +113,9 @@ class Plan:
         dtypes: Mapping[str, str] | None = None,
         make_vocab_size_divisible_by: int = 1,
         padded_vocab: int | None = None,
+        inventory: Mapping[str, Shape] | None = None,
+        forms: Mapping[str, int] | None = None,
+        ignore: Sequence[str] = (),
     ) -> None:
         self.family = family
         self.fields = fields
@@ -116,8 +124,12 @@ class Plan:
         self.dtypes = dict(dtypes or {})
         unit = make_vocab_size_divisible_by * layout.tp
         self.padded_vocab = padded_vocab or -(-fields["vocab_size"] // unit) * unit
-        self.entries = compile_entries(family, fields, padded_vocab=self.padded_vocab)
-        self.placement = place_layers(layout, num_layers=fields["num_layers"])
+        self.ignore = tuple(ignore)
+        self.entries = compile_entries(
+            family, fields, padded_vocab=self.padded_vocab, inventory=inventory, forms=forms, ignore=self.ignore
+        )
+        mtp = fields.get("mtp_num_layers") if any(entry.name.startswith("mtp.") for entry in self.entries) else None
+        self.placement = place_layers(layout, num_layers=fields["num_layers"], mtp_num_layers=mtp)
         check_layout(fields, layout)
         self._by_name = {entry.name: entry for entry in self.entries}
         self._forms: dict[tuple[str, int], LocalForm] = {}
@@ -127,8 +139,30 @@ class Plan:
 
     @cached_property
     def hf_tensors(self) -> dict[str, Shape]:
-        """Shape of every HF tensor by name, in the order of the table."""
-        return {name: tensor.shape for entry in self.entries for name, tensor in entry.hf_names()}
+        """Shape of every HF tensor that is written, by name, in the order of the table; copies last."""
+        found = {name: tensor.shape for entry in self.entries for name, tensor in entry.hf_names()}
+        return found | {name: found[copy.of] for name, copy in self.written_copies.items()}
+
+    @cached_property
+    def copies(self) -> dict[str, Copy]:
+        """HF tensors that repeat others, by name."""
+        made = {name for entry in self.entries for tensor in entry.hf for name in [tensor.name]}
+        found = self.family.copies(self.fields)
+        return {n: c for n, c in found.items() if c.of in made and not self.ignores(n)}
+
+    @cached_property
+    def written_copies(self) -> dict[str, Copy]:
+        """Those of `copies` that exports write."""
+        return {name: copy for name, copy in self.copies.items() if copy.written}
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """Which form of its row every entry has, where that is not the first."""
+        return {entry.name: entry.form for entry in self.entries if entry.form}
+
+    def ignores(self, name: str) -> bool:
+        """Whether an HF name is left out by one of the patterns of `ignore`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
     @cached_property
     def megatron_tensors(self) -> dict[str, Shape]:
@@ -147,6 +181,8 @@ class Plan:
                     dtype = self.dtypes.get(hf, self.dtype)
                     nbytes = prod(tensor.shape) * dtype_of(dtype).itemsize
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
+        for name, copy in self.written_copies.items():
+            found[name] = found[copy.of]._replace(name=name)
         return list(found.values())
 
     def pieces(self) -> Iterator[Piece]:
@@ -184,9 +220,9 @@ class Plan:
 
     def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
         """Global numbers of the layers for which a stage holds an entry; `(0,)` for one without layers."""
-        if not entry.has_layer:
-            return (0,) if holds_end(entry.name, stage, tied=self._tied) else ()
-        if len(entry.layers) == self.fields["num_layers"]:
+        if entry.block != DECODER_LAYERS:
+            return entry.layers if holds(entry.name, stage, tied=self._tied) else ()
+        if len(entry.layers) == entry.depth:
             return stage.decoder_layers
         wanted = set(entry.layers)
         return [layer for layer in stage.decoder_layers if layer in wanted]
@@ -279,83 +315,18 @@ class Plan:
         return f"Plan({self.family.name}, {len(self.entries)} entries, {self.layout})"
 
 
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
-
-
 def _shards(
     entry: Entry, form: LocalForm, stage: PipelineStage, layers: Iterable[int], experts: range
 ) -> Iterator[Shard]:
-    local = OUTPUT if entry.name == EMBEDDING and not stage.pre_process else entry.name
+    local = OUTPUT if entry.name == EMBEDDING and not stage.has_embedding else entry.name
+    offset = stage.layer_offset if entry.block == DECODER_LAYERS else 0
     for layer in layers:
-        names, params = at_layer(entry.name, layer), at_layer(local, layer - stage.layer_offset)
+        names, params = at_layer(entry.name, layer), at_layer(local, layer - offset)
         for expert in experts:
             param = str(expert - experts.start).join(params)
             pieces = tuple(entry.instance(form.pieces, layer, expert, param))
             name = str(expert).join(names)
             yield Shard(param, stage.vp_stage, name, form.shape, pieces, form.pad, entry.name, layer, expert)
-
-
-def holds_end(name: str, stage: PipelineStage, *, tied: bool) -> bool:
-    """Whether a pipeline stage holds a tensor that belongs to no layer."""
-    if name == EMBEDDING:
-        return stage.has_embedding or (tied and stage.has_output_layer)
-    if name == "decoder.final_layernorm.weight":
-        return stage.has_final_norm
-    if name == OUTPUT:
-        return stage.has_output_layer
-    raise LayoutError(
-        "a tensor without a layer has no pipeline stage",
-        where=name,
-        expected="an embedding, a final norm or an output layer",
-        fix="teach plan.holds_end where megatron-core puts it",
-    )
-
-
-def part_of(name: str) -> str:
-    """The part of a model that a tensor belongs to, for tables that people read."""
-    if "{expert}" in name:
-        return "experts"
-    for part in ("embedding", "output_layer", "self_attention", "router"):
-        if part in name:
-            return {"self_attention": "attention", "output_layer": "output"}.get(part, part)
-    return "norms" if "norm" in name else "mlp"
-
-
-def check_layout(fields: Fields, layout: ParallelLayout) -> None:
-    """Raise unless attention heads and experts divide over the layout.
-
-    The rules are those of megatron-core 0.19 (transformer/transformer_config.py `__post_init__`,
-    transformer/attention.py): heads are a multiple of tp; query groups divide tp or are a multiple of it.
-    """
-    heads, groups, tp = fields["num_attention_heads"], fields["num_query_groups"], layout.tp
-    if heads % tp:
-        raise LayoutError(
-            "attention heads do not divide over the tensor-parallel ranks",
-            where="num_attention_heads",
-            expected=f"a multiple of tp={tp}",
-            got=f"{heads} heads",
-            fix=f"choose a tp that divides {heads}",
-        )
-    if groups % tp and tp % groups:
-        raise LayoutError(
-            "query groups do not divide over the tensor-parallel ranks",
-            where="num_query_groups",
-            expected=f"a multiple or a divisor of tp={tp}",
-            got=f"{groups} groups",
-            fix=f"choose a tp that divides {groups}, or a multiple of it",
-        )
-    experts = fields.get("num_moe_experts")
-    if layout.ep > 1 and not experts:
-        raise LayoutError(
-            "the model has no experts to spread",
-            where="ep",
-            expected="ep=1",
-            got=f"ep={layout.ep}",
-            fix="leave out ep",
-        )
-    if experts:
-        expert_range(experts, ep=layout.ep, ep_rank=0)
 
 
 def _local_padding(entry: Entry, blocks: tuple[tuple[Box, Shape], ...]) -> tuple[Box, ...]:

@@ -35,6 +35,7 @@ class LocalShard(NamedTuple):
             shape of the piece otherwise (`tensor.reshape(box.shape)` is then a copy).
         param, chunk: the parameter that the view is on: its name in the plan, and the number of its model chunk.
         replica: how many ranks or stages that hold the same elements come before; 0 for exactly one of them.
+        shift: HF's values are those of the view plus this: 0 but for a norm that one side centres at zero.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LocalShard(NamedTuple):
     param: str
     chunk: int
     replica: int
+    shift: float = 0.0
 
 
 def iter_local_shards(live: LiveModel) -> Iterator[LocalShard]:
@@ -56,6 +58,7 @@ def iter_local_shards(live: LiveModel) -> Iterator[LocalShard]:
     """
     for shard in live.shards:
         replica, memory = replica_of(live, shard), live.tensor(shard)
+        shift = 0.0 - live.plan.entry(shard.entry).shift
         for unordered in shard.pieces:
             piece = in_source_order(unordered)
             name = piece.source.tensor
@@ -64,7 +67,9 @@ def iter_local_shards(live: LiveModel) -> Iterator[LocalShard]:
             view = window(flat(memory), piece.shape, piece.target)
             if box is not None:
                 view = _shaped(view, box.shape)
-            yield LocalShard(name, shape, dtype_name(memory), box, piece, view, shard.param, shard.chunk, replica)
+            yield LocalShard(
+                name, shape, dtype_name(memory), box, piece, view, shard.param, shard.chunk, replica, shift
+            )
 
 
 def _shaped(view: Tensor, shape: Shape) -> Tensor:
@@ -155,11 +160,14 @@ class M2NEntry(NamedTuple):
         """
         if self.box is None:
             return None
+        shard, piece = self.pieces[0]
         if len(self.pieces) == 1:
-            shard, piece = self.pieces[0]
             ordered = in_source_order(piece)
-            return window(flat(self.live.tensor(shard)), ordered.shape, ordered.target).reshape(self.box.shape)
-        return _assembled(self.live, self.pieces, self.global_shape, self.box)
+            part = window(flat(self.live.tensor(shard)), ordered.shape, ordered.target).reshape(self.box.shape)
+        else:
+            part = _assembled(self.live, self.pieces, self.global_shape, self.box)
+        shift = self.live.plan.entry(shard.entry).shift
+        return (part.float() - shift).to(part.dtype) if shift else part
 
 
 def m2n_entries(live: LiveModel) -> list[M2NEntry]:
@@ -169,7 +177,7 @@ def m2n_entries(live: LiveModel) -> list[M2NEntry]:
     """
     held: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in live.shards:
-        if not is_second_copy(shard):
+        if not is_second_copy(live.plan, live.rank, shard):
             for piece in shard.pieces:
                 held.setdefault(piece.source.tensor, []).append((shard, piece))
     holders = _Holders(live)

@@ -122,7 +122,18 @@ def pg_collection(
         dp = max(1, len(ranks) // (tp * cp * pp))
     layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp or 1, ep=ep, etp=etp, cp=cp, dp=dp)
     members = _members(ranks, layout, world=dist.get_world_size())
-    table = group_ranks(layout)
+    found = _make_groups(group_ranks(layout), members, timeout_s=timeout_s)
+    found |= {name: found[other] for name, other in _ALIASES.items()}
+    known = {field.name for field in fields(ProcessGroupCollection)}
+    return ProcessGroupCollection(**{name: group for name, group in found.items() if name in known})
+
+
+def _make_groups(
+    table: dict[str, list[tuple[int, ...]]], members: tuple[int, ...], *, timeout_s: float
+) -> dict[str, Any]:
+    """The group of each kind that this rank is in, or None; one object for equal ranks. Collective."""
+    import torch.distributed as dist
+
     me = dist.get_rank()
     made: dict[tuple[int, ...], Any] = {}
     found: dict[str, Any] = dict.fromkeys((*table, *_ABSENT))
@@ -135,9 +146,7 @@ def pg_collection(
                 )
             if me in global_ranks:
                 found[name] = made[global_ranks]
-    found |= {name: found[other] for name, other in _ALIASES.items()}
-    known = {field.name for field in fields(ProcessGroupCollection)}
-    return ProcessGroupCollection(**{name: group for name, group in found.items() if name in known})
+    return found
 
 
 def _members(ranks: Sequence[int] | None, layout: ParallelLayout, *, world: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
+from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
-from bridge_core.plan.plan import OUTPUT
+from bridge_core.plan.placement import EMBEDDING
 from bridge_core.runtime.tensors import dtype_name
 from bridge_core.topology import ParallelLayout
 
@@ -23,10 +24,18 @@ if TYPE_CHECKING:
 # megatron-core's local specs (0.16.1 and 0.19.2, models/gpt/gpt_layer_specs.py, transformer/moe/experts.py)
 # against the canonical names, which are those of Transformer Engine's specs.
 _LOCAL_NAMES = (
-    (re.compile(r"(\.layers\.\d+\.)input_layernorm\."), r"\1self_attention.linear_qkv.layer_norm_"),
+    (re.compile(r"^(mtp\.layers\.\d+\.)mtp_model_layer\.(?!layers\.)"), r"\1transformer_layer."),
+    (re.compile(r"\.mixer\.conv1d_(weight|bias)$"), r".mixer.conv1d.\1"),
     (re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$"), r".experts.\2.weight\1"),
 )
-_NORM_BEFORE_MLP = re.compile(r"\.pre_mlp_layernorm\.")
+# Where a norm is fused into the linear after it in one spec, and a module of its own in another.
+_FUSED_NORMS = (
+    (re.compile(r"\.pre_mlp_layernorm\."), ".mlp.linear_fc1.layer_norm_"),
+    (re.compile(r"\.input_layernorm\."), ".self_attention.linear_qkv.layer_norm_"),
+    (re.compile(r"\.input_layernorm\."), ".self_attention.in_proj.layer_norm_"),
+    (re.compile(r"\.q_layernorm\."), ".linear_q_up_proj.layer_norm_"),
+    (re.compile(r"\.kv_layernorm\."), ".linear_kv_up_proj.layer_norm_"),
+)
 
 _PIPELINE_OPTIONS = (
     "num_layers_in_first_pipeline_stage",
@@ -83,6 +92,8 @@ def open_live(
     *,
     groups: ProcessGroupCollection | None = None,
     excepted: Collection[str] = (),
+    inventory: Mapping[str, Shape] | None = None,
+    ignore: Sequence[str] = (),
 ) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.
 
@@ -91,6 +102,7 @@ def open_live(
         family, fields: of the HF model.
         groups: the model's process groups; by default those it was built with (`model.pg_collection`).
         excepted: patterns (as in a shell) of parameter names that need not match: a changed head.
+        inventory, ignore: as for a `Plan`.
 
     Raises:
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
@@ -99,11 +111,11 @@ def open_live(
     """
     chunks = unwrap(model)
     layout, rank = layout_of(chunks, chunks[0].pg_collection if groups is None else groups)
-    named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in chunk.named_parameters()}
+    named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in _stored(chunk)}
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: tensor for key, tensor in named.items() if key not in left}
     padded = _padded_vocab(named, layout.tp, fields["vocab_size"])
-    plan = Plan(family, fields, layout, padded_vocab=padded)
+    plan = Plan(family, fields, layout, padded_vocab=padded, inventory=inventory, ignore=ignore)
     shards = tuple(shard for shard in plan.local_shards(rank) if not matches(shard.param, excepted))
     wanted = {(shard.chunk, shard.param): shard for shard in shards}
     tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}
@@ -116,49 +128,93 @@ def matches(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def agreed_dtype(live: LiveModel, wanted: str | None, group: Any) -> str:
-    """The dtype of HF tensors made from a live model: `wanted`, or that of all parameters. Collective over `group`.
+# Persistent buffers that are weights (megatron-core 0.19, transformer/moe/router.py, `TopKRouter.__init__`).
+_WEIGHT_BUFFERS = (".router.expert_bias",)
+
+
+def _stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a chunk, and the buffers that are weights as well."""
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(_WEIGHT_BUFFERS):
+            yield name, buffer
+
+
+def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:
+    """The dtype of every HF tensor made from a live model, by name. Collective over `group`.
+
+    Tensors whose dtype is not the model's (`Entry.dtype`) keep the one their parameter has; all others get
+    `wanted`, or the dtype that all their parameters share.
 
     Raises:
         CoverageError: on every rank, if parameters differ in dtype and none is wanted. Nothing is cast unasked.
     """
     import torch.distributed as dist
 
-    if wanted is not None:
-        return dtype_of(wanted).name
+    mine: dict[str, list[str]] = {}
+    for shard in live.shards:
+        found = mine.setdefault(shard.entry, [])
+        if (name := dtype_name(live.tensor(shard))) not in found:
+            found.append(name)
     held: list[Any] = [None] * group.size()
-    dist.all_gather_object(held, sorted({dtype_name(tensor) for tensor in live.tensors.values()}), group=group)
-    found = sorted({name for names in held for name in names})
-    if len(found) != 1:
-        raise CoverageError(
-            "the parameters differ in dtype",
-            expected="one dtype on all ranks, or `dtype` to say which to write",
-            got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(held)),
-            fix="pass dtype=...",
+    dist.all_gather_object(held, mine, group=group)
+    by_entry: dict[str, set[str]] = {}
+    for said in held:
+        for entry, names in said.items():
+            by_entry.setdefault(entry, set()).update(names)
+    main = dtype_of(wanted).name if wanted else None
+    entries = live.plan.entries
+    if main is None:
+        main = _one(
+            set().union(*(by_entry.get(e.name, set()) for e in entries if e.dtype is None)), "the parameters", held
         )
-    return found[0]
+    dtypes: dict[str, str] = {}
+    for entry in entries:
+        dtype = main if entry.dtype is None else _one(by_entry[entry.name], entry.name, held)
+        dtypes |= {name: dtype for name, _ in entry.hf_names()}
+    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.copies.items()}
+
+
+def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    said = (sorted({name for names in by_entry.values() for name in names}) for by_entry in held)
+    raise CoverageError(
+        f"{what} differ in dtype",
+        expected="one dtype on all ranks, or `dtype` to say which to write",
+        got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(said)),
+        fix="pass dtype=...",
+    )
 
 
 def replica_of(live: LiveModel, shard: Shard) -> int:
     """How many copies of a shard other ranks hold that come before this rank's; 0 for the first.
 
-    The last stage's copy of a tied embedding comes after all those of the first stage.
+    A later stage's copy of the embedding comes after all those of the first stage.
     """
-    layout, coords = live.plan.layout, live.plan.layout.coords(live.rank)
-    entry = live.plan.entry(shard.entry)
+    number, copies = copy_of(live.plan, live.rank, shard)
+    return number + (copies if is_second_copy(live.plan, live.rank, shard) else 0)
+
+
+def copy_of(plan: Plan, rank: int, shard: Shard) -> tuple[int, int]:
+    """The number of a rank's copy of a shard among those on its pipeline stage, and how many there are."""
+    layout, coords = plan.layout, plan.layout.coords(rank)
+    entry = plan.entry(shard.entry)
     if entry.is_expert:
         number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
     else:
         number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
         axis, size = coords.tp, layout.tp
-    if entry.split is None:
+    if entry.split is None:  # every tensor-parallel rank holds all of it
         number, copies = number * size + axis, copies * size
-    return number + (copies if is_second_copy(shard) else 0)
+    return number, copies
 
 
-def is_second_copy(shard: Shard) -> bool:
-    """Whether it is the last stage's copy of a tied embedding."""
-    return shard.param == OUTPUT != shard.name
+def is_second_copy(plan: Plan, rank: int, shard: Shard) -> bool:
+    """Whether it is a later stage's copy of the embedding: for a tied output layer, or for MTP."""
+    if shard.name != EMBEDDING:
+        return False
+    return not plan.placement.stage(plan.layout.coords(rank).pp, shard.chunk).pre_process
 
 
 def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[ParallelLayout, int]:
@@ -207,8 +263,9 @@ def _canonical(name: str, chunk: int, wanted: Mapping[tuple[int, str], Shard]) -
     for pattern, replacement in _LOCAL_NAMES:
         name = pattern.sub(replacement, name)
     if (chunk, name) not in wanted:
-        # In a dense layer the norm is fused into linear_fc1; before experts it stands alone.
-        name = _NORM_BEFORE_MLP.sub(".mlp.linear_fc1.layer_norm_", name)
+        for pattern, fused in _FUSED_NORMS:
+            if (chunk, other := pattern.sub(fused, name)) in wanted:
+                return other
     return name
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from bridge_core.checkpoint.copies import check_copies
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, OpenFiles, gather, together
+from bridge_core.checkpoint.transfer import Job, gather, in_threads
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
@@ -49,6 +51,7 @@ def load_hf_weights(
     family: Family,
     fields: Fields,
     *,
+    ignore: Sequence[str] = (),
     groups: Any = None,
     group: Any = None,
     threads: int = 2,
@@ -66,6 +69,7 @@ def load_hf_weights(
     Args:
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: HF folder; all ranks must see it.
+        ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         groups: process groups of the model; by default those it was built with.
         group: all ranks of the model; by default torch's default group.
         threads: parameters read at a time.
@@ -79,32 +83,36 @@ def load_hf_weights(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    workers = TorchWorkers(group or default_group())
+    group = group or default_group()
+    workers = TorchWorkers(group)
     opened: list[tuple[LiveModel, HfFolder, tuple[str, ...]]] = []
 
     def check() -> None:
-        if one_reader_per_node and node_group is None:
-            raise ConfigError(
-                "one reader per node was asked for, without saying which ranks are a node",
-                where="node_group",
-                expected="a process group of the ranks of this node",
-                got="None",
-            )
-        live = open_live(model, family, fields, groups=groups, excepted=allowed_mismatched)
+        if one_reader_per_node:
+            _check_node(node_group)
         folder = open_hf(path)
+        live = open_live(
+            model,
+            family,
+            fields,
+            groups=groups,
+            excepted=allowed_mismatched,
+            inventory=folder.shapes,
+            ignore=ignore,
+        )
         opened.append((live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored))
 
     workers.together(check)
     live, folder, ignored = opened[0]
-    left = _left(live, allowed_mismatched, workers, group or default_group()) if allowed_mismatched else ()
+    left = _left(live, allowed_mismatched, workers, group) if allowed_mismatched else ()
     done: list[NodeTally] = []
 
     def fill() -> None:
+        check_copies(live.plan, folder, rank=workers.rank, size=workers.size)
         if one_reader_per_node:
             done.append(fill_from_node(live, folder, node_group, bucket_bytes))
-            return
-        _fill(live, folder, threads)
-        done.append(NodeTally(_own_bytes(live, folder), 0))
+        else:
+            done.append(_fill(live, folder, threads))
 
     workers.together(fill)
     return LoadReport(
@@ -114,6 +122,16 @@ def load_hf_weights(
         left=left,
         broadcasts=done[0].broadcasts,
     )
+
+
+def _check_node(node_group: Any) -> None:
+    if node_group is None:
+        raise ConfigError(
+            "one reader per node was asked for, without saying which ranks are a node",
+            where="node_group",
+            expected="a process group of the ranks of this node",
+            got="None",
+        )
 
 
 def _own_bytes(live: LiveModel, folder: HfFolder) -> int:
@@ -163,14 +181,16 @@ def default_group() -> Any:
     return dist.group.WORLD
 
 
-def _fill(live: LiveModel, folder: HfFolder, threads: int) -> None:
+def _fill(live: LiveModel, folder: HfFolder, threads: int) -> NodeTally:
+    """Fill all parameters with what this rank reads itself."""
     stop = Event()
     with ExitStack() as stack:
         files = OpenFiles(stack)
         parts = [live.shards[number::threads] for number in range(threads)]
         tasks = [lambda part=part: _fill_some(live, part, folder, files, stop) for part in parts if part]
         if tasks:  # a pipeline stage may hold nothing at all
-            together(tasks, stop)
+            in_threads(tasks, stop)
+    return NodeTally(_own_bytes(live, folder), 0)
 
 
 def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files: OpenFiles, stop: Event) -> None:
@@ -179,6 +199,6 @@ def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files
             return
         target = flat(live.tensor(shard))
         parts = tuple((folder.tensors[piece.source.tensor], piece) for piece in shard.pieces)
-        job = Job(Stored("", 0, dtype_name(target), shard.shape), parts)
+        job = Job(Stored("", 0, dtype_name(target), shard.shape), parts, shift=live.plan.entry(shard.entry).shift)
         for first, block in gather(job, files):
             target[first : first + block.size].copy_(from_numpy(block, job.target.dtype))

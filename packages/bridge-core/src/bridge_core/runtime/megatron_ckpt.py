@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from bridge_core.checkpoint.convert import export_plan
 from bridge_core.checkpoint.dcp import read_dcp
-from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, find_iteration
-from bridge_core.checkpoint.output import check_free
+from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, find_iteration
+from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
-from bridge_core.checkpoint.together import write_folder
 from bridge_core.checkpoint.wiring import megatron_entries
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, LayoutError
 from bridge_core.families import Family, Fields
 from bridge_core.runtime.live import LiveModel, open_live, unwrap
 from bridge_core.runtime.load import default_group
+from bridge_core.runtime.own_world import OwnWorld
 from bridge_core.runtime.tensors import dtype_name
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.workers import LostWorkerError, TorchWorkers
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,6 +50,7 @@ def save_megatron_model(
     family: Family,
     fields: Fields,
     *,
+    ignore: Sequence[str] = (),
     hf_config: Mapping[str, Any] | None = None,
     iteration: int = 0,
     overwrite: bool = False,
@@ -64,6 +66,7 @@ def save_megatron_model(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: folder of the run, which all ranks must see; other iterations in it are left alone.
         family, fields: of the HF model.
+        ignore: patterns (as in a shell) of HF names whose tensors the model does not have.
         hf_config: config.json of the model, kept in run_config.yaml for later exports.
         iteration: number of the iteration.
         overwrite: replace an iteration that is there already.
@@ -77,29 +80,25 @@ def save_megatron_model(
     workers = TorchWorkers(group or default_group())
     run = Path(path)
     output = run / f"iter_{iteration:07d}"
-    opened: list[LiveModel] = []
 
-    def check() -> None:
-        _check_world(workers)
+    def check() -> LiveModel:
         check_free(output, overwrite=overwrite)
-        opened.append(open_live(model, family, fields, groups=groups))
+        return open_live(model, family, fields, groups=groups, ignore=ignore)
 
-    workers.together(check)
-    live = opened[0]
+    live = _checked(workers, check)
     dtype = _main_dtype(live)
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
-
-    def fill(folder: Path, rank: int, size: int) -> None:
-        from megatron.core import dist_checkpointing
-
-        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
-        _in_our_words(lambda: dist_checkpointing.save(state, str(folder)), where=output)
 
     def finish(folder: Path) -> None:
         text = write_run_config(fields, family, hf_config, dtype)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
 
-    write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
+    with OwnWorld() as world:
+
+        def fill(folder: Path, rank: int, size: int) -> None:
+            world.step(lambda: _save(model, folder, iteration, groups, where=output))
+
+        write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
     workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
     return MegatronReport(folder=output, iteration=iteration, parameters=len(live.shards))
 
@@ -110,6 +109,7 @@ def load_megatron_model(
     family: Family,
     fields: Fields,
     *,
+    ignore: Sequence[str] = (),
     groups: ProcessGroupCollection | None = None,
     group: Any = None,
 ) -> MegatronReport:
@@ -122,37 +122,58 @@ def load_megatron_model(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: folder of a run, whose latest iteration is taken, or of one iteration; all ranks must see it.
         family, fields: of the HF model.
+        ignore: patterns (as in a shell) of HF names whose tensors the model does not have.
         groups, group: as for `save_megatron_model`.
 
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
     workers = TorchWorkers(group or default_group())
-    opened: list[tuple[LiveModel, Path]] = []
 
-    def check() -> None:
-        _check_world(workers)
-        live = open_live(model, family, fields, groups=groups)
+    def check() -> tuple[LiveModel, Path]:
+        live = open_live(model, family, fields, groups=groups, ignore=ignore)
         folder = find_iteration(Path(path))
         checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
         megatron_entries(export_plan(checkpoint), checkpoint)
-        opened.append((live, folder))
+        return live, folder
 
-    workers.together(check)
-    live, folder = opened[0]
-    found: dict[str, Any] = {}
+    live, folder = _checked(workers, check)
+    iterations: list[int] = []
+    with OwnWorld() as world:
+        workers.together(lambda: iterations.append(world.step(lambda: _load(model, folder, groups))))
+    return MegatronReport(folder=folder, iteration=iterations[0], parameters=len(live.shards))
 
-    def fill() -> None:
-        from megatron.core import dist_checkpointing
 
-        state = sharded_state(model, groups)
-        loaded: Any = _in_our_words(lambda: dist_checkpointing.load(state, str(folder)), where=folder)
+def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
+    """What `check` returns here, once it returned on all ranks. Collective."""
+    found: list[T] = []
+
+    def step() -> None:
+        _check_world(workers)
+        found.append(check())
+
+    workers.together(step)
+    return found[0]
+
+
+def _save(model: Any, folder: Path, iteration: int, groups: ProcessGroupCollection | None, *, where: Path) -> None:
+    """megatron-core's own save. Collective over torch's default group."""
+    from megatron.core import dist_checkpointing
+
+    with _in_our_words(where):
+        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
+        dist_checkpointing.save(state, str(folder))
+
+
+def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
+    """megatron-core's own load, into the parameters; the iteration. Collective over torch's default group."""
+    from megatron.core import dist_checkpointing
+
+    with _in_our_words(folder):
+        loaded: Any = dist_checkpointing.load(sharded_state(model, groups), str(folder))
         for name, chunk in _named_chunks(model).items():
             chunk.load_state_dict(loaded[name], strict=True)
-        found.update({"iteration": loaded.get("iteration")})
-
-    workers.together(fill)
-    return MegatronReport(folder=folder, iteration=int(found["iteration"] or 0), parameters=len(live.shards))
+    return int(loaded.get("iteration") or 0)
 
 
 def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> dict[str, Any]:
@@ -216,18 +237,36 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
         yield
 
 
-def _in_our_words(step: Callable[[], Any], *, where: Path) -> Any:
-    """Run a step of megatron-core's; its own errors become a CheckpointError."""
+@contextmanager
+def _in_our_words(where: Path) -> Iterator[None]:
+    """Errors of megatron-core and of torch's checkpoints that pass through become a CheckpointError.
+
+    Raises:
+        LostWorkerError: another rank failed, and torch says no more than that here.
+    """
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
 
     try:
-        return step()
+        yield
     except CheckpointingException as error:
         raise CheckpointError(
             "megatron-core refuses the checkpoint",
             where=where,
             got=str(error).strip(),
             fix="check that the checkpoint and the model belong together",
+        ) from error
+    except CheckpointException as error:  # no Exception: it would pass by everybody who waits for one
+        failures = [
+            f"rank {rank}: {type(wrapped[0]).__name__}: {wrapped[0]}" for rank, wrapped in error.failures.items()
+        ]
+        if not failures:
+            raise LostWorkerError("torch reports a failure on another rank") from error
+        raise CheckpointError(
+            "ranks failed inside of megatron-core's checkpoint",
+            where=where,
+            got="; ".join(failures),
+            fix="look at those ranks: their disk, their memory, the files they see",
         ) from error
 
 

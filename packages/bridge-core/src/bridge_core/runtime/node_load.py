@@ -9,8 +9,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder
-from bridge_core.checkpoint.transfer import OpenFiles
 from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard
@@ -126,7 +126,9 @@ def _copy(
         source = _part(data, at, folder.tensors[name])
         for shard, piece in mine.get(name, ()):
             target = window(flat(live.tensor(shard)), piece.shape, piece.target)
-            target.copy_(window(source, piece.shape, piece.source))
+            values = window(source, piece.shape, piece.source)
+            shift = live.plan.entry(shard.entry).shift
+            target.copy_(values.float() + shift if shift else values)
 
 
 def _part(data: Tensor, at: int, stored: Any) -> Tensor:

@@ -58,6 +58,9 @@ class Provider:
         object.__setattr__(self, "_final", False)
         object.__setattr__(self, "spec", spec or default_spec())
         self.apply_overrides({name: value for name, value in fields.items() if name in known})
+        if fields.get("mrope_interleaved"):
+            # mcore's GPTModel does not interleave; for text, whose three positions are one, this is the same.
+            self.apply_overrides({"position_embedding_type": "rope", "mrope_section": None})
 
     def __getattr__(self, name: str) -> Any:
         settings = object.__getattribute__(self, "_settings")

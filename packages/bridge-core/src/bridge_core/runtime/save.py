@@ -1,30 +1,31 @@
-"""A live model to an HF folder: files are laid out first, then every owner writes its own bytes.
+"""A live model to an HF folder: files are laid out first, then their bytes are written in place.
 
-No tensor is gathered anywhere. Where many ranks hold the same shard they take turns, so all ranks write
-an equal share. Row-parallel weights would be written in runs of a few hundred bytes; their ranks exchange
-columns for rows first, within the tensor-parallel group.
+No tensor is gathered anywhere. By default every owner writes its own bytes at their offsets. Where many ranks hold
+the same shard they take turns, so all ranks write an equal share. Row-parallel weights would be written in runs of a
+few hundred bytes; their ranks exchange columns for rows first, within the tensor-parallel group. File systems that
+several nodes cannot write one file on get whole files from one rank each (`runtime.file_owners`).
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint.convert import carried_files, copy_files, written_config
-from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder, open_hf
+from bridge_core.checkpoint.files import OpenFiles, write_all
+from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files, lay_out_like
-from bridge_core.checkpoint.output import check_apart, check_free, real_path
-from bridge_core.checkpoint.together import write_folder
-from bridge_core.checkpoint.transfer import OpenFiles, create_file, write_all
+from bridge_core.checkpoint.hf_output import carried_files, copy_files, create_weight_files, finish_hf_folder
+from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
+from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Box, Piece, restrict, runs
 from bridge_core.plan import Shard
-from bridge_core.plan.plan import OUTPUT
-from bridge_core.runtime.live import LiveModel, agreed_dtype, open_live, unwrap
+from bridge_core.runtime.file_owners import Sent, WholeFiles, takes_turn
+from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import flat, torch_dtype
 from bridge_core.runtime.workers import TorchWorkers
@@ -35,18 +36,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveReport:
-    """What saving did: the folder, HF tensors in it, bytes that this rank wrote, exchanges it took part in."""
+    """What saving did on this rank.
+
+    Attributes:
+        output: the folder.
+        tensors: HF tensors in it.
+        bytes_written: bytes of tensors that this rank wrote to files.
+        bytes_sent: bytes of tensors that it sent to other ranks.
+        exchanges: exchanges between ranks that it took part in.
+        files: weight files that it opened for writing.
+    """
 
     output: Path
     tensors: int
     bytes_written: int
+    bytes_sent: int
     exchanges: int
-
-
-@dataclass
-class _Tally:
-    written: int = 0
-    exchanges: int = 0
+    files: tuple[str, ...]
 
 
 def save_hf_pretrained(
@@ -56,10 +62,14 @@ def save_hf_pretrained(
     fields: Fields,
     *,
     config: dict[str, Any] | None = None,
+    ignore: Sequence[str] = (),
     source: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = 2_000_000_000,
     overwrite: bool = False,
+    durable: bool = False,
+    one_writer_per_file: bool = False,
+    bucket_bytes: int = 256 * 1024 * 1024,
     groups: Any = None,
     group: Any = None,
 ) -> SaveReport:
@@ -71,10 +81,17 @@ def save_hf_pretrained(
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: output folder.
         config: config.json; by default rebuilt from `fields`.
+        ignore: patterns (as in a shell) of HF names to leave out.
         source: an HF folder whose split into files is used, and whose other files are carried along.
         dtype: dtype of floating-point tensors in the files; by default that of the parameters.
         max_shard_size: bytes per file, where no `source` says how to split.
         overwrite: replace a folder that holds something.
+        durable: wait for the disk before the folder gets its name.
+        one_writer_per_file: every weight file is made and written by one rank, to which the others send their
+            parts: for file systems that cannot take writes from several nodes to one file. With fewer files than
+            ranks, the others only send; a smaller `max_shard_size` makes more files.
+        bucket_bytes: bytes of all tensors that travel at a time with `one_writer_per_file`. A rank stages at most
+            about twice that: what it sends, what it received, and the block that it writes.
         groups: process groups of the model; by default those it was built with.
         group: all ranks of the model; by default torch's default group.
 
@@ -84,125 +101,161 @@ def save_hf_pretrained(
     group = group or default_group()
     workers = TorchWorkers(group)
     output = real_path(Path(path))
-    prepared: list[tuple[LiveModel, HfFolder | None]] = []
 
-    def check() -> None:
+    def check() -> tuple[LiveModel, HfFolder | None]:
         check_free(output, overwrite=overwrite)
-        like = None
         if source is not None:
             check_apart(output, Path(source))
-            like = open_hf(source)
-        prepared.append((open_live(model, family, fields, groups=groups), like))
+        like = open_hf(source) if source is not None else None
+        held = like.shapes if like else None
+        return open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore), like
 
-    workers.together(check)
-    live, like = prepared[0]
-    name = agreed_dtype(live, dtype, group)
-    laid: list[HfLayout] = []
-    workers.together(lambda: laid.append(_lay_out(live, like, name, max_shard_size)))
-    layout = laid[0]
-    tp_groups = groups or unwrap(model)[0].pg_collection
-    tally = _Tally()
+    live, like = jointly(workers, check)
+    dtypes = agreed_dtypes(live, dtype, group)
 
-    def prepare(folder: Path) -> None:
-        for file in layout.files:
-            create_file(folder / file.name, file.nbytes, file.header)
-        if like is not None:
-            copy_files(like.path, carried_files(like), folder)
+    def lay_out() -> tuple[HfLayout, SharedFiles | WholeFiles]:
+        layout = _lay_out(live, like, dtypes, max_shard_size)
+        if one_writer_per_file:
+            return layout, WholeFiles(live, layout, group, bucket_bytes)
+        return layout, SharedFiles(live, layout, groups or unwrap(model)[0].pg_collection)
 
-    def fill(folder: Path, rank: int, size: int) -> None:
-        _Writer(live, layout, folder, tp_groups, tally).run()
-
-    def finish(folder: Path) -> None:
-        if [file.name for file in layout.files] != [SINGLE]:
-            (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-        written = written_config(config or family.to_hf(fields), layout)
-        (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    write_folder(output, layout.nbytes, workers, prepare, fill, finish, overwrite=overwrite)
+    layout, writer = jointly(workers, lay_out)
+    written = family.consistent(config, fields) if config else family.to_hf(fields)
+    sent = _write(output, layout, writer, like, written, workers, overwrite=overwrite, durable=durable)
     return SaveReport(
-        output=output, tensors=len(live.plan.hf_tensors), bytes_written=tally.written, exchanges=tally.exchanges
+        output=output,
+        tensors=len(live.plan.hf_tensors),
+        bytes_written=sent.written,
+        bytes_sent=sent.sent,
+        exchanges=sent.rounds,
+        files=sent.files,
     )
 
 
-def _lay_out(live: LiveModel, like: HfFolder | None, dtype: str, max_shard_size: int) -> HfLayout:
-    dtypes = dict.fromkeys(live.plan.hf_tensors, dtype)
+def _lay_out(live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max_shard_size: int) -> HfLayout:
     if like is not None:
         return lay_out_like(like, live.plan, dtypes)
     return lay_out_files(live.plan.hf_tensors, dtypes, max_shard_size)
 
 
-class _Writer:
-    """Writes what this rank owns, shard by shard; all ranks of a tensor-parallel group go through the same shards."""
+def _write(
+    output: Path,
+    layout: HfLayout,
+    writer: SharedFiles | WholeFiles,
+    like: HfFolder | None,
+    config: dict[str, Any],
+    workers: TorchWorkers,
+    *,
+    overwrite: bool,
+    durable: bool,
+) -> Sent:
+    """Write the folder: weights by `writer`, everything else by rank 0. Collective."""
 
-    def __init__(self, live: LiveModel, layout: HfLayout, folder: Path, groups: Any, tally: _Tally) -> None:
-        self._live = live
-        self._groups = groups
-        self._tally = tally
-        self._places = {
-            name: (str(folder / file.name), offset)
-            for file in layout.files
-            for name, (offset, _, _) in file.tensors.items()
-        }
-        self._dtype = layout.main_dtype()
+    def prepare(folder: Path) -> None:
+        if isinstance(writer, SharedFiles):
+            writer.create(folder)
+        if like is not None:
+            copy_files(like.path, carried_files(like), folder)
+
+    return write_folder(
+        output,
+        layout.nbytes,
+        workers,
+        prepare,
+        lambda folder, rank, size: writer.write(folder),
+        lambda folder: finish_hf_folder(folder, layout, config),
+        overwrite=overwrite,
+        durable=durable,
+    )
+
+
+class SharedFiles:
+    """The weight files of a save, each written by all ranks that hold a part of it.
+
+    Args:
+        live: the model.
+        layout: the files.
+        groups: process groups of the model.
+    """
+
+    def __init__(self, live: LiveModel, layout: HfLayout, groups: Any) -> None:
+        self._live, self._layout, self._groups = live, layout, groups
+        self._written = self._sent = self._exchanges = 0
+        self._opened: set[str] = set()
         self._failure: Exception | None = None
 
-    def run(self) -> None:
+    def create(self, folder: Path) -> None:
+        """Make all files, at their full size. For one rank, before the others write."""
+        create_weight_files(folder, self._layout)
+        self._opened |= {file.name for file in self._layout.files}
+
+    def write(self, folder: Path) -> Sent:
+        """Write what this rank owns, shard by shard. Collective over each tensor-parallel group.
+
+        An error waits for the end: the others of the group still expect exchanges.
+        """
+        places = {
+            name: (folder / file.name, offset, dtype)
+            for file in self._layout.files
+            for name, (offset, dtype, _) in file.tensors.items()
+        }
+        self._places = {name: [place] for name, place in places.items()}
+        for name, copy in self._live.plan.copies.items():
+            if name in places:
+                self._places[copy.of].append(places[name])
         with ExitStack() as stack:
             self._files = OpenFiles(stack)
             for number, shard in enumerate(self._live.shards):
-                self._one(number, shard)
+                if takes_turn(self._live.plan, self._live.rank, number, shard):
+                    self._save(shard)
         if self._failure is not None:
             raise self._failure
+        return Sent(self._written, self._sent, self._exchanges, tuple(sorted(self._opened)))
 
-    def _one(self, number: int, shard: Shard) -> None:
-        if shard.param == OUTPUT != shard.name:
-            return  # the last stage's copy of a tied embedding: the first stage writes it
-        plan, coords = self._live.plan, self._live.plan.layout.coords(self._live.rank)
-        entry = plan.entry(shard.entry)
-        if entry.is_expert:
-            turn, turns, axis, size = coords.expert_dp, plan.layout.expert_dp, coords.etp, plan.layout.etp
-        else:
-            turn, turns = coords.cp + plan.layout.cp * coords.dp, plan.layout.cp * plan.layout.dp
-            axis, size = coords.tp, plan.layout.tp
-        if entry.split is None:
-            # Every tensor-parallel rank holds all of it: they take turns as well.
-            turn, turns = turn * size + axis, turns * size
-        if number % turns != turn:
-            return
-        tensor = flat(self._live.tensor(shard))
-        if entry.split is None or entry.split.dim == 0 or size == 1:
-            self._guarded(tensor, shard.pieces)
-            return
+    def _save(self, shard: Shard) -> None:
+        entry = self._live.plan.entry(shard.entry)
         group = self._groups.expt_tp if entry.is_expert else self._groups.tp
-        rows, box = exchange(tensor.view(shard.shape), entry.shape, axis, size, group)
-        self._tally.exchanges += 1
+        tensor = flat(self._live.tensor(shard))
+        if entry.split is None or entry.split.dim == 0 or group.size() == 1:
+            self._guarded(tensor, shard.pieces, entry.shift)
+            return
+        rows, box = exchange(tensor.view(shard.shape), entry.shape, group.rank(), group.size(), group)
+        self._exchanges += 1
+        self._sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
         whole = entry.instance(entry.pieces, shard.layer, shard.expert)
         at = (0,) * len(box.shape)
         cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
-        self._guarded(flat(rows), cut)
+        self._guarded(flat(rows), cut, entry.shift)
 
-    def _guarded(self, tensor: Tensor, pieces: Any) -> None:
-        """Write, unless a write failed before. An error waits for the end: the others still expect exchanges."""
+    def _guarded(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
+        """Write, unless a write failed before."""
         if self._failure is not None:
             return
         try:
-            self._write(tensor, pieces)
+            self._write(tensor.float() - shift if shift else tensor, pieces)
         except Exception as error:
             self._failure = error
 
-    def _write(self, tensor: Tensor, pieces: Any) -> None:
-        import torch
-
-        dtype = self._dtype
-        data = tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
-        itemsize = dtype_of(dtype).itemsize
+    def _write(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
+        held: dict[str, memoryview] = {}
         for piece in pieces:
-            back: Piece = piece.inverse()
-            path, offset = self._places[back.target.tensor]
-            descriptor = self._files.descriptor(path, write=True)
-            for at_source, at_target, length in runs(back):
-                part = data[at_source * itemsize : (at_source + length) * itemsize]
-                self._tally.written += write_all(descriptor, part, offset + at_target * itemsize)
+            back = piece.inverse()
+            for path, offset, dtype in self._places[back.target.tensor]:
+                data, itemsize = held.get(dtype), dtype_of(dtype).itemsize
+                if data is None:
+                    data = held[dtype] = _bytes(tensor, dtype)
+                self._opened.add(path.name)
+                descriptor = self._files.descriptor(str(path), write=True)
+                for at_source, at_target, length in runs(back):
+                    part = data[at_source * itemsize : (at_source + length) * itemsize]
+                    self._written += write_all(descriptor, part, offset + at_target * itemsize)
+
+
+def _bytes(tensor: Tensor, dtype: str) -> memoryview:
+    """The elements of a flat tensor as the bytes of a file."""
+    import torch
+
+    return tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
 
 
 def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:

@@ -17,7 +17,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import BridgeError, CoverageError
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta
-from bridge_core.runtime.live import LiveModel, agreed_dtype, replica_of
+from bridge_core.runtime.live import LiveModel, agreed_dtypes, replica_of
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
 
@@ -85,8 +85,8 @@ class Stream:
                 self._agree(failed=left)
 
     def _wanted(self) -> list[TensorMeta]:
-        dtype = agreed_dtype(self.live, self.dtype, self.group)
-        everything = [_in_dtype(meta, dtype) for meta in self.live.plan.metadata()]
+        dtypes = agreed_dtypes(self.live, self.dtype, self.group)
+        everything = [_in_dtype(meta, dtypes[meta.name]) for meta in self.live.plan.metadata()]
         chosen = {m.group for m in everything if any(fnmatchcase(m.name, pattern) for pattern in self.names)}
         if not chosen:
             raise CoverageError("no tensor of the model has such a name", where=", ".join(self.names))
@@ -118,6 +118,8 @@ class Stream:
                 continue
             for piece in shard.pieces:
                 owned.setdefault(piece.source.tensor, []).append((shard, piece.inverse()))
+        for name, copy in self.live.plan.written_copies.items():
+            owned[name] = owned.get(copy.of, [])
         return owned
 
     def _gathered(self, bucket: list[tuple[TensorMeta, int]]) -> list[tuple[str, Tensor]]:
@@ -133,6 +135,8 @@ class Stream:
             for name, target in tensors:
                 for shard, piece in self._owned.get(name, ()):
                     source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
+                    if shift := self.live.plan.entry(shard.entry).shift:
+                        source = source.float() - shift
                     window(target, piece.shape, piece.target).copy_(source)
         except Exception as error:
             failure = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,8 +13,10 @@ from bridge_core.errors import BridgeError
 from bridge_core.extras import require
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
+_LOST = "a worker was lost"
 _FACTS = ("what", "where", "expected", "got", "fix")
 
 
@@ -29,13 +32,30 @@ class WorkerError(BridgeError):
         super().__init__(what, **facts)
 
 
+class LostWorkerError(WorkerError):
+    """Another worker is gone, or gave up in the middle of an exchange: never the first thing that went wrong."""
+
+    def __init__(self, got: str) -> None:
+        super().__init__(
+            _LOST,
+            worker=None,
+            expected="an answer from all workers",
+            got=got.strip().splitlines()[0] if got.strip() else "none",
+            fix="look at the output of the other workers; nothing was finished",
+        )
+
+
+class RendezvousError(BridgeError):
+    """The workers of a run did not meet: each of them has to say so itself."""
+
+
 class TorchWorkers:
     """The ranks of a process group, as the workers of one conversion.
 
     They have to see the same files, and to be called with the same arguments.
 
     Args:
-        group: a group whose backend exchanges objects on the CPU, such as gloo.
+        group: their group; gloo, or another backend that has an all-to-all.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -48,8 +68,8 @@ class TorchWorkers:
         """Run `step` here; return when all workers did. Collective.
 
         Raises:
-            WorkerError: another worker failed; has its message. If several did, it is that of the lowest rank.
-                The worker that this is about raises its own error.
+            WorkerError: another worker failed; has its message. If several did, it is that of the lowest rank that
+                did not only lose another one. The worker that this is about raises its own error.
         """
         failure: Exception | None = None
         try:
@@ -57,9 +77,10 @@ class TorchWorkers:
         except Exception as error:
             failure = error
         said = self._exchange(None if failure is None else _facts_of(failure))
-        first = next((rank for rank, facts in enumerate(said) if facts is not None), None)
-        if first is None:
+        failed = [rank for rank, facts in enumerate(said) if facts is not None]
+        if not failed:
             return
+        first = min(failed, key=lambda rank: (said[rank] or {}).get("what") == _LOST)
         self._told = True
         if first == self.rank and failure is not None:
             raise failure
@@ -94,19 +115,31 @@ class TorchWorkers:
             self._exchange(None)
 
     def _exchange(self, facts: dict[str, str | None] | None) -> list[dict[str, str | None] | None]:
-        dist = require("torch.distributed", extra="torch")
-        said: list[dict[str, str | None] | None] = [None] * self.size
+        """What every worker has to say: facts of its failure, or None."""
+        torch = require("torch", extra="torch")
+        data = b"" if facts is None else json.dumps(facts).encode()
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         try:
-            dist.all_gather_object(said, facts, group=self._group)
+            sizes = self._to_all(torch.tensor([len(data)]), [1] * self.size).tolist()
+            said = self._to_all(mine, sizes) if any(sizes) else mine
         except RuntimeError as error:  # gloo: the connection to a rank broke, or nothing came in time
-            raise WorkerError(
-                "a worker was lost",
-                worker=None,
-                expected=f"an answer from all {self.size} workers",
-                got=str(error).strip().splitlines()[0],
-                fix="look at the output of the other workers; nothing was finished",
-            ) from error
-        return said
+            raise LostWorkerError(str(error)) from error
+        parts = said.split(sizes) if any(sizes) else [mine] * self.size
+        return [json.loads(part.numpy().tobytes()) if part.numel() else None for part in parts]
+
+    def _to_all(self, message: Tensor, sizes: list[int]) -> Tensor:
+        """Send a flat tensor to all workers; theirs, of `sizes` elements, one after the other, on the CPU.
+
+        All-to-all and not all-gather: gloo's all-gather goes round a ring, where a worker that is lost is noticed by
+        its neighbours alone, and everybody else waits for those.
+        """
+        dist, torch = require("torch.distributed", extra="torch"), require("torch", extra="torch")
+        # The devices that the group's backends serve, such as "cpu:gloo,cuda:nccl".
+        device = "cpu" if "cpu" in dist.get_backend_config(self._group) else "cuda"
+        given = message.to(device).repeat(self.size)
+        received = torch.empty(sum(sizes), dtype=message.dtype, device=device)
+        dist.all_to_all_single(received, given, sizes, [message.numel()] * self.size, group=self._group)
+        return received.cpu()
 
 
 def _facts_of(error: Exception) -> dict[str, str | None]:
@@ -126,14 +159,16 @@ def world_size() -> int:
 
 
 @contextmanager
-def torchrun_workers(*, timeout_s: float = 6 * 3600) -> Iterator[TorchWorkers]:
+def torchrun_workers(*, rendezvous_minutes: float = 10.0, wait_minutes: float = 360.0) -> Iterator[TorchWorkers]:
     """Workers from the environment that torchrun sets. The gloo group is made here, and gone afterwards.
 
     Args:
-        timeout_s: how long a worker may wait for the others: the longest difference between their shares.
-            One that dies is noticed at once, by its broken connection.
+        rendezvous_minutes: how long to wait until all workers are there.
+        wait_minutes: how long a worker may wait for the others afterwards: the longest difference between their
+            shares. One that dies is noticed at once, by its broken connection.
 
     Raises:
+        RendezvousError: workers are missing, or the environment does not say where they meet.
         BridgeError: this process has a default process group already; give one of its groups to
             `TorchWorkers` instead.
         MissingExtraError: torch is not installed.
@@ -146,7 +181,9 @@ def torchrun_workers(*, timeout_s: float = 6 * 3600) -> Iterator[TorchWorkers]:
             got=f"a {dist.get_backend()} group of {dist.get_world_size()} ranks",
             fix="pass TorchWorkers(group) with a gloo group of yours",
         )
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    store, rank, size = _meet(timedelta(minutes=rendezvous_minutes))
+    limit = timedelta(minutes=wait_minutes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     try:
         workers = TorchWorkers(dist.group.WORLD)
         try:
@@ -157,3 +194,32 @@ def torchrun_workers(*, timeout_s: float = 6 * 3600) -> Iterator[TorchWorkers]:
             raise told from error.__cause__
     finally:
         dist.destroy_process_group()
+
+
+def _meet(limit: timedelta) -> tuple[Any, int, int]:
+    """The store at which all workers have arrived, this worker's rank, and their number. Collective.
+
+    torch's own rendezvous waits on the first worker only; the others could wait for it, or for one another, without
+    an end in sight. So every worker leaves a note, and waits for those of all others.
+    """
+    dist = require("torch.distributed", extra="torch")
+    minutes = limit.total_seconds() / 60
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        met = dist.PrefixStore("bridge_core", store)
+        met.set(f"arrived/{rank}", "")
+        met.wait([f"arrived/{other}" for other in range(size)], limit)
+    except (ValueError, RuntimeError) as error:  # a variable is missing, or a worker
+        launched = " ".join(f"{name}={os.environ.get(name, '')}" for name in _LAUNCHED)
+        raise RendezvousError(
+            "the workers of this run did not meet",
+            where=launched,
+            expected=f"{world_size()} processes within {minutes:g} minutes (rendezvous_minutes)",
+            got=str(error).strip().splitlines()[0],
+            fix="start all of them with torchrun, or unset WORLD_SIZE to run as one process",
+        ) from error
+    return met, rank, size
+
+
+_LAUNCHED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -155,10 +155,6 @@ class ParallelLayout:
         """The global rank at this place of the dense grid; the inverse of `coords`."""
         return self._dense.rank({"tp": tp, "cp": cp, "dp": dp, "pp": pp})
 
-    def expert_rank_of(self, *, etp: int = 0, ep: int = 0, expert_dp: int = 0, pp: int = 0) -> int:
-        """The global rank at this place of the expert grid; the inverse of `coords`."""
-        return self._expert.rank({"tp": etp, "ep": ep, "dp": expert_dp, "pp": pp})
-
     def groups(self, axes: str, *, is_expert: bool = False) -> list[list[int]]:
         """The global ranks of every process group over `axes` (`"tp"`, `"dp-cp"`), in Megatron's order.
 

@@ -84,26 +84,18 @@ class Run(NamedTuple):
 
 
 def row_major(shape: Sequence[int]) -> Shape:
-    """Strides of a contiguous tensor, in elements."""
+    """Strides of a contiguous tensor, in elements; a dim of extent 0 counts as 1, as in torch."""
     strides: list[int] = []
     step = 1
     for extent in reversed(shape):
         strides.append(step)
-        step *= extent
+        step *= max(extent, 1)
     return tuple(reversed(strides))
 
 
 def whole(shape: Shape) -> Box:
     """The box that is all of a tensor."""
     return Box((0,) * len(shape), shape)
-
-
-def intersect(a: Box, b: Box) -> Box | None:
-    """The region that two boxes of one tensor share, or None."""
-    start = tuple(map(max, a.start, b.start))
-    stop = (min(s + n, t + m) for s, n, t, m in zip(*a, *b, strict=True))
-    shape = tuple(e - s for s, e in zip(start, stop, strict=True))
-    return Box(start, shape) if all(n > 0 for n in shape) else None
 
 
 def dim_steps(view: View, shape: Shape, tensor_shape: Shape) -> list[tuple[int, int]]:
@@ -135,7 +127,7 @@ def coordinates(offset: int, tensor_shape: Shape) -> Shape:
     """The index, one number per dim, of an element offset in a row-major tensor."""
     index: list[int] = []
     for stride in row_major(tensor_shape):
-        index.append(offset // stride if stride else 0)
+        index.append(offset // stride)
         offset -= index[-1] * stride
     return tuple(index)
 
@@ -247,79 +239,23 @@ def runs(piece: Piece) -> Iterator[Run]:
         )
 
 
-def intervals(shape: Shape, view: View) -> list[tuple[int, int]]:
-    """Half-open element ranges of the tensor that a view touches, merged and sorted."""
-    only = coalesce(Piece(shape, view, view))
-    found = sorted((run.source, run.source + run.length) for run in runs(only))
-    merged: list[tuple[int, int]] = []
-    for start, stop in found:
-        if merged and merged[-1][1] >= start:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _repeat(mask: int, step: int, count: int) -> int:
-    """`mask` OR-ed with itself `count` times, each time shifted by `step` more bits."""
-    if count == 1:
-        return mask
-    half = _repeat(mask, step, count // 2)
-    both = half | half << (step * (count // 2))
-    return both if count % 2 == 0 else both | mask << (step * (count - 1))
-
-
-def _image(shape: Shape, view: View, tensor_shape: Shape) -> tuple[int, ...]:
-    """The set of indices that a view reaches, one bit mask per dim: the image is their product."""
-    masks = [1 << c for c in coordinates(view.offset, tensor_shape)]
-    for extent, (dim, step) in zip(shape, dim_steps(view, shape, tensor_shape), strict=True):
-        if extent > 1:
-            masks[dim] = _repeat(masks[dim], step, extent)
-    return tuple(masks)
-
-
-def tiling_error(tensor_shape: Shape, views: Sequence[tuple[Shape, View]]) -> str | None:
-    """Why `views` do not cover every element of a tensor exactly once; None if they do.
-
-    Exact for any list of views that `dim_steps` understands: images are products of index sets, so
-    two of them overlap only if their sets overlap in every dim.
-    """
-    images: list[tuple[int, ...]] = []
-    covered = 0
-    for shape, view in views:
-        image = _image(shape, view, tensor_shape)
-        if prod(mask.bit_count() for mask in image) != prod(shape):
-            return f"a view of shape {shape} reaches an element twice"
-        outside = [d for d, mask in enumerate(image) if mask.bit_length() > tensor_shape[d]]
-        if outside:
-            return f"a view of shape {shape} leaves the tensor of shape {tensor_shape} in dim {outside[0]}"
-        for other in images:
-            if all(mine & theirs for mine, theirs in zip(image, other, strict=True)):
-                where = tuple((m & t).bit_length() - 1 for m, t in zip(image, other, strict=True))
-                return f"element {where} is covered more than once"
-        images.append(image)
-        covered += prod(shape)
-    if covered != prod(tensor_shape):
-        return f"{covered} of {prod(tensor_shape)} elements are covered"
-    return None
-
-
-def box_of(shape: Shape, view: View, tensor_shape: Shape) -> Box | None:
-    """The region of the tensor that a view covers, if it is a box; None for a view with gaps."""
-    start: list[int] = []
-    extent: list[int] = []
-    for mask in _image(shape, view, tensor_shape):
-        first, count = (mask & -mask).bit_length() - 1, mask.bit_count()
-        if mask.bit_length() - first != count:
-            return None
-        start.append(first)
-        extent.append(count)
-    return Box(tuple(start), tuple(extent))
-
-
 def in_source_order(piece: Piece) -> Piece:
     """The same copy with its axes in the row-major order of the source; axes of extent 1 are dropped."""
     axes = [axis for axis in zip(piece.shape, piece.source.strides, piece.target.strides, strict=True) if axis[0] != 1]
     axes.sort(key=lambda axis: -axis[1])
     shape, source, target = (tuple(axis[which] for axis in axes) for which in range(3))
     return Piece(shape, piece.source._replace(strides=source), piece.target._replace(strides=target))
+
+
+def slabs(shape: Shape, most: int) -> Iterator[Box]:
+    """A tensor as boxes of at most `most` elements (but at least one) whose elements follow one another, in order."""
+    if prod(shape) <= most:
+        yield whole(shape)
+        return
+    dim = next(dim for dim in range(len(shape)) if dim == len(shape) - 1 or prod(shape[dim + 1 :]) <= most)
+    inner = shape[dim + 1 :]
+    step = max(1, most // prod(inner))
+    for leading in product(*map(range, shape[:dim])):
+        for start in range(0, shape[dim], step):
+            extent = min(step, shape[dim] - start)
+            yield Box((*leading, start, *(0 for _ in inner)), (*(1 for _ in leading), extent, *inner))

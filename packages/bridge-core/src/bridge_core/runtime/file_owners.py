@@ -1,0 +1,289 @@
+"""Whole files of an HF folder, each written by one rank: for file systems that several nodes cannot write one file on.
+
+Every rank sends what it holds of a file to the file's owner. That goes in rounds, one all-to-all each, in which all
+owners get the next blocks of their files, in the files' order; so an owner writes from front to back. All blocks of
+a round together have at most `bucket_bytes`, which bounds what any rank sends, and what any owner receives, whatever
+the layout. Who sends what follows from the plan: nothing but weights, and a word on failures, is exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bridge_core.checkpoint.files import OpenFiles, create_file, write_all
+from bridge_core.checkpoint.hf_layout import HfLayout
+from bridge_core.checkpoint.safetensors import Laid
+from bridge_core.dtypes import dtype_of
+from bridge_core.geometry import Box, Piece, Shape, restrict, slabs
+from bridge_core.plan import Plan, Shard
+from bridge_core.runtime.live import LiveModel, copy_of, is_second_copy
+from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ALIGN = 8  # bytes; every piece in a message starts at a multiple, so that it can be viewed in its dtype
+_WORD = 8  # bytes before the pieces of a message: whether its sender has failed
+
+
+class Sent(NamedTuple):
+    """What a rank did: bytes of tensors written to its files and sent to other ranks, rounds, names of its files."""
+
+    written: int
+    sent: int
+    rounds: int
+    files: tuple[str, ...]
+
+
+class Block(NamedTuple):
+    """A box of an HF tensor whose elements follow one another in a file."""
+
+    file: str
+    offset: int
+    name: str
+    dtype: str
+    shape: Shape
+    box: Box
+
+
+# HF name -> the pieces of it that a rank sends, each with the parameter that it lies in.
+Holdings = Mapping[str, Sequence[tuple[Shard, Piece]]]
+
+
+def owners_of(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank that owns each file: consecutive files, in shares as equal in bytes as whole files allow."""
+    total, before, found = max(sum(sizes), 1), 0, []
+    for size in sizes:
+        found.append(min((before + size // 2) * ranks // total, ranks - 1))
+        before += size
+    return found
+
+
+def takes_turn(plan: Plan, rank: int, number: int, shard: Shard) -> bool:
+    """Whether a rank is the one that saves its copy of a shard, the `number`-th of its shards.
+
+    Ranks that hold the same take turns. A later stage's copy of the embedding is saved by nobody.
+    """
+    if is_second_copy(plan, rank, shard):
+        return False
+    turn, turns = copy_of(plan, rank, shard)
+    return number % turns == turn
+
+
+class WholeFiles:
+    """The weight files of a save, each written by its owner alone.
+
+    Making one communicates nothing, and takes the memory of all rounds.
+
+    Args:
+        live: the model; rank `r` of its layout is rank `r` of the group.
+        layout: the files.
+        group: all ranks of the model; exchanges tensors where the parameters are.
+        bucket_bytes: bytes of tensors that travel in a round. One element makes a larger round if it has to.
+    """
+
+    def __init__(self, live: LiveModel, layout: HfLayout, group: Any, bucket_bytes: int) -> None:
+        self._live, self._group = live, group
+        self._rank, self._size = group.rank(), group.size()
+        owners = owners_of([file.nbytes for file in layout.files], self._size)
+        self._files = {rank: [f for f, r in zip(layout.files, owners, strict=True) if r == rank] for rank in owners}
+        self._limit = max(1, bucket_bytes // max(len(self._files), 1))
+        first = next(iter(live.tensors.values()), None)
+        self._device = default_device() if first is None else first.device
+        self._out = self._buffer(min(bucket_bytes, layout.nbytes))
+        self._in = self._buffer(min(self._limit, layout.nbytes) if self._rank in self._files else 0)
+        self._failure: Exception | None = None
+        self._written = self._sent = 0
+        self._opened: list[str] = []
+
+    def write(self, folder: Path) -> Sent:
+        """Make and fill the files in an existing folder, where none of them exists. Collective over the group.
+
+        If a rank fails, all stop in the next round; that rank raises, the others return.
+        """
+        mine = holdings(self._live.plan, self._rank)
+        theirs = self._of_my_files(mine)
+        rounds = {rank: rounds_of(files, self._limit) for rank, files in sorted(self._files.items())}
+        done = 0
+        with ExitStack() as stack:
+            files = OpenFiles(stack)
+            self._guarded(self._create, folder)
+            for blocks in zip_longest(*rounds.values(), fillvalue=()):
+                asked = dict(zip(rounds, blocks, strict=True))
+                coming = self._exchanged(mine, theirs, asked)
+                if coming is None:
+                    break
+                done += 1
+                self._guarded(self._write, folder, asked.get(self._rank, ()), coming, files)
+        if self._failure is not None:
+            raise self._failure
+        return Sent(self._written, self._sent, done, tuple(self._opened))
+
+    def _of_my_files(self, mine: Holdings) -> list[Holdings]:
+        """What each rank sends of the tensors in this rank's files; nothing is planned where there are none."""
+        names = {name for file in self._files.get(self._rank, ()) for name in file.tensors}
+        if not names:
+            return []
+        return [mine if rank == self._rank else holdings(self._live.plan, rank, names) for rank in range(self._size)]
+
+    def _create(self, folder: Path) -> None:
+        for file in self._files.get(self._rank, ()):
+            self._opened.append(file.name)
+            create_file(folder / file.name, file.nbytes, file.header)
+
+    def _exchanged(
+        self, mine: Holdings, theirs: Sequence[Holdings], asked: Mapping[int, Sequence[Block]]
+    ) -> list[list[_Cut]] | None:
+        """Send every owner what this rank holds of the blocks it asks for, and take in what all ranks send this one.
+
+        Returns:
+            What lies in the buffer of received bytes, message by message; None if a rank has failed.
+        """
+        import torch.distributed as dist
+
+        sending = [_cuts(mine, asked.get(rank, ())) for rank in range(self._size)]
+        coming = [_cuts(held, asked[self._rank]) for held in theirs] or [[] for _ in range(self._size)]
+        to, of = [_nbytes(cuts) for cuts in sending], [_nbytes(cuts) for cuts in coming]
+        if sum(to) > self._out.numel():  # padding between many small pieces
+            self._out = self._buffer(sum(to))
+        if sum(of) > self._in.numel():
+            self._in = self._buffer(sum(of))
+        self._guarded(self._pack, sending)
+        self._out[_starts(sending)] = int(self._failure is not None)
+        dist.all_to_all_single(self._in[: sum(of)], self._out[: sum(to)], of, to, group=self._group)
+        return None if self._in[_starts(coming)].any() else coming
+
+    def _pack(self, sending: Sequence[Sequence[_Cut]]) -> None:
+        """Put this rank's pieces into the messages to all ranks."""
+        for rank, (start, cuts) in enumerate(zip(_starts(sending), sending, strict=True)):
+            for cut, part in _parts(self._out, start, cuts):
+                source = window(flat(self._live.tensor(cut.shard)), cut.piece.shape, cut.piece.target)
+                if shift := self._live.plan.entry(cut.shard.entry).shift:
+                    source = source.float() - shift
+                part.view(cut.piece.shape).copy_(source)
+                self._sent += part.nbytes if rank != self._rank else 0
+
+    def _write(self, folder: Path, blocks: Sequence[Block], coming: Sequence[Sequence[_Cut]], files: OpenFiles) -> None:
+        """Put the pieces that came from all ranks into their blocks, and the blocks into this rank's files."""
+        import torch
+
+        for block, parts in zip(blocks, _by_block(blocks, coming, self._in), strict=True):
+            data = torch.empty(prod(block.box.shape), dtype=torch_dtype(block.dtype), device=self._device)
+            for cut, part in parts:
+                window(data, cut.piece.shape, cut.piece.source).copy_(part.view(cut.piece.shape))
+            descriptor = files.descriptor(str(folder / block.file), write=True)
+            self._written += write_all(descriptor, data.cpu().view(torch.uint8).numpy().data, block.offset)
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        import torch
+
+        return torch.empty(nbytes + self._size * _WORD, dtype=torch.uint8, device=self._device)
+
+    def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Run a step unless this rank has failed. An error waits for the next round, where the others hear of it."""
+        if self._failure is not None:
+            return
+        try:
+            step(*arguments)
+        except Exception as error:
+            self._failure = error
+
+
+class _Cut(NamedTuple):
+    """The part of a piece that lies in a block: from the block (source) to the flat parameter (target)."""
+
+    number: int  # of the block, in its round
+    dtype: str
+    shard: Shard
+    piece: Piece
+
+
+def holdings(plan: Plan, rank: int, names: set[str] | None = None) -> dict[str, list[tuple[Shard, Piece]]]:
+    """What a rank sends of each HF tensor, or of those in `names`, in the plan's order."""
+    wanted = names if names is None else names | {copy.of for name, copy in plan.copies.items() if name in names}
+    found: dict[str, list[tuple[Shard, Piece]]] = {}
+    for number, shard in enumerate(plan.iter_local_shards(rank)):
+        if not takes_turn(plan, rank, number, shard):
+            continue
+        for piece in shard.pieces:
+            if wanted is None or piece.source.tensor in wanted:
+                found.setdefault(piece.source.tensor, []).append((shard, piece))
+    return found | {name: found[copy.of] for name, copy in plan.copies.items() if copy.of in found}
+
+
+def rounds_of(files: Sequence[Laid], limit: int) -> Iterator[list[Block]]:
+    """The blocks of some files in the order of their bytes, as many at a time as `limit` bytes hold (but one)."""
+    held: list[Block] = []
+    room = limit
+    for block in _blocks(files, limit):
+        nbytes = prod(block.box.shape) * dtype_of(block.dtype).itemsize
+        if held and nbytes > room:
+            yield held
+            held, room = [], limit
+        held.append(block)
+        room -= nbytes
+    if held:
+        yield held
+
+
+def _blocks(files: Sequence[Laid], limit: int) -> Iterator[Block]:
+    for file in files:
+        for name, (offset, dtype, shape) in file.tensors.items():
+            itemsize = dtype_of(dtype).itemsize
+            for box in slabs(shape, max(1, limit // itemsize)):
+                yield Block(file.name, offset, name, dtype, shape, box)
+                offset += prod(box.shape) * itemsize
+
+
+def _cuts(held: Holdings, blocks: Sequence[Block]) -> list[_Cut]:
+    """What a rank sends of some blocks: the same list on the sender and on the owner."""
+    return [
+        _Cut(number, block.dtype, shard, part)
+        for number, block in enumerate(blocks)
+        for shard, piece in held.get(block.name, ())
+        for part in restrict(piece, "source", block.shape, block.box, block.box.shape, (0,) * len(block.shape))
+    ]
+
+
+def _size(cut: _Cut) -> int:
+    """Bytes of a cut in a message."""
+    return -(-cut.piece.numel * dtype_of(cut.dtype).itemsize // _ALIGN) * _ALIGN
+
+
+def _nbytes(cuts: Sequence[_Cut]) -> int:
+    """Bytes of a message."""
+    return _WORD + sum(map(_size, cuts))
+
+
+def _starts(messages: Sequence[Sequence[_Cut]]) -> list[int]:
+    """Where each of several messages begins in the buffer that holds them all."""
+    starts, at = [], 0
+    for cuts in messages:
+        starts.append(at)
+        at += _nbytes(cuts)
+    return starts
+
+
+def _parts(buffer: Tensor, start: int, cuts: Sequence[_Cut]) -> Iterator[tuple[_Cut, Tensor]]:
+    """The cuts of one message, each with the elements that the buffer has for it, flat."""
+    at = start + _WORD
+    for cut in cuts:
+        nbytes = cut.piece.numel * dtype_of(cut.dtype).itemsize
+        yield cut, buffer[at : at + nbytes].view(torch_dtype(cut.dtype))
+        at += _size(cut)
+
+
+def _by_block(
+    blocks: Sequence[Block], coming: Sequence[Sequence[_Cut]], received: Tensor
+) -> list[list[tuple[_Cut, Tensor]]]:
+    """The cuts of all messages, block by block."""
+    found: list[list[tuple[_Cut, Tensor]]] = [[] for _ in blocks]
+    for start, cuts in zip(_starts(coming), coming, strict=True):
+        for cut, part in _parts(received, start, cuts):
+            found[cut.number].append((cut, part))
+    return found

@@ -1,0 +1,94 @@
+"""A default process group of one's own, for code that knows no other: megatron-core's `dist_checkpointing`.
+
+A rank that fails in the middle of such code leaves its peers waiting in a collective, and the group's collectives out
+of step for good. On a group that is theirs alone, both can be mended: the rank gives the group up, its peers get an
+error at once, and the caller's groups, which have seen none of this, serve to agree on what happened.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from bridge_core.runtime.workers import LostWorkerError
+
+T = TypeVar("T")
+
+# What gloo and NCCL say when a peer has closed its connections, or gave no answer (torch 2.13, third_party/gloo,
+# gloo/transport/tcp/pair.cc and unbound_buffer.cc; torch.distributed.DistBackendError).
+_LOST = ("gloo/transport", "Connection closed by peer", "NCCL")
+
+
+class OwnWorld:
+    """All ranks of torch's default process group, in a second group of the same backends.
+
+    Entering is collective over the default group. Leave only when all ranks are known to be done: a rank that
+    leaves closes its connections. Nothing else of the process may use the default group during a step.
+    """
+
+    def __enter__(self) -> OwnWorld:
+        import torch.distributed as dist
+
+        self._group: Any = dist.new_group(list(range(dist.get_world_size())))
+        return self
+
+    def step(self, step: Callable[[], T]) -> T:
+        """Run `step` with this group in the place of the default one.
+
+        An error in it ends the group, here and, by their broken connections, on the ranks that wait for this one.
+
+        Raises:
+            LostWorkerError: another rank gave up, or is gone; it knows why.
+        """
+        import torch.distributed as dist
+
+        before = dist.group.WORLD
+        dist.group.WORLD = self._group
+        try:
+            return step()
+        except BaseException as error:
+            dist.group.WORLD = before
+            lost = _is_loss(error)
+            text = str(error)
+            self._give_up(error)
+            if lost:
+                raise LostWorkerError(text) from None
+            raise
+        finally:
+            dist.group.WORLD = before
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._group is not None:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """Close all connections. gloo does so when nobody refers to the group any more, frames of an error included."""
+        import torch.distributed as dist
+
+        for related in _chain(error):
+            traceback.clear_frames(related.__traceback__)
+        dist.destroy_process_group(self._group)
+        self._group = None
+        gc.collect()
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those it came from."""
+    found: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one not in found:
+            found.append(one)
+            waiting += [one.__cause__, one.__context__]
+    return found
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an error says that a peer is gone, and nothing that this rank did wrong."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
