@@ -1,4 +1,4 @@
-"""LoRA on Megatron-Core modules: adapters that train in any parallel layout.
+"""LoRA on Megatron-Core modules: adapters that train in any parallel layout, and travel to Hugging Face and back.
 
 The names below are loaded on first use: importing this package needs neither torch nor megatron.
 """
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from bridge_peft.apply import LoraReport as LoraReport
     from bridge_peft.apply import apply_lora as apply_lora
     from bridge_peft.config import LoraConfig as LoraConfig
+    from bridge_peft.converting.ranks import export_adapter_weights as export_adapter_weights
+    from bridge_peft.converting.ranks import load_hf_adapter as load_hf_adapter
+    from bridge_peft.converting.ranks import save_hf_adapter as save_hf_adapter
     from bridge_peft.merge import merge_adapters as merge_adapters
     from bridge_peft.merge import merged_weights as merged_weights
     from bridge_peft.merge import unmerge_adapters as unmerge_adapters
@@ -31,8 +34,11 @@ _HOME = {
     "delete_adapter": "switch",
     "disable_adapters": "switch",
     "enable_adapters": "switch",
+    "export_adapter_weights": "converting.ranks",
+    "load_hf_adapter": "converting.ranks",
     "merge_adapters": "merge",
     "merged_weights": "merge",
+    "save_hf_adapter": "converting.ranks",
     "set_adapter": "switch",
     "unmerge_adapters": "merge",
 }
@@ -44,8 +50,11 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "enable_adapters",
+    "export_adapter_weights",
+    "load_hf_adapter",
     "merge_adapters",
     "merged_weights",
+    "save_hf_adapter",
     "set_adapter",
     "unmerge_adapters",
 ]

@@ -137,13 +137,15 @@ def _settings(site: Site, config: LoraConfig, parts: tuple[str, ...]) -> Any:
 
     return Settings(
         rank=config.rank(site.name),
-        scaling=config.scaling(site.name),
+        alpha=config.alpha(site.name),
+        rslora=config.use_rslora,
         dropout=config.lora_dropout,
         dtype=_dtype(site, config),
         keep_dtype=config.lora_dtype is not None,
         parts=parts,
         dora=config.use_dora,
         sharing=config.expert_adapters,
+        changes_base=config.lora_init_method in ("pissa", "olora"),
     )
 
 

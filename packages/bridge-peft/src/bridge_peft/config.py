@@ -150,12 +150,19 @@ class LoraConfig:
         key = pattern_key(self.rank_pattern, name)
         return self.r if key is None else self.rank_pattern[key]
 
+    def alpha(self, name: str) -> float:
+        """alpha of the adapter of a module."""
+        key = pattern_key(self.alpha_pattern, name)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
     def scaling(self, name: str) -> float:
         """What the product B A of a module's factors is multiplied with."""
-        key = pattern_key(self.alpha_pattern, name)
-        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
-        rank = self.rank(name)
-        return alpha / (sqrt(rank) if self.use_rslora else rank)
+        return scaling(self.alpha(name), self.rank(name), rslora=self.use_rslora)
+
+
+def scaling(alpha: float, rank: int, *, rslora: bool) -> float:
+    """What B A is multiplied with: alpha / r, or with rank stabilisation alpha / sqrt(r)."""
+    return alpha / (sqrt(rank) if rslora else rank)
 
 
 def pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:

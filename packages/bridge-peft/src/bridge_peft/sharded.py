@@ -43,6 +43,11 @@ def adapter_entries(sharded: dict[str, Any], *, name: str | None = None) -> dict
     return {key: entry for key, entry in sharded.items() if word in key}
 
 
+def owns(adapter: LoraAdapter, key: str) -> bool:
+    """Whether this rank's share of a factor is the one that counts, of all the equal copies that ranks hold."""
+    return _replica(adapter, adapter.factors[key], single=False) == (0, 0, 0)
+
+
 def _entry(adapter: LoraAdapter, key: str, prefix: str, name: str, offsets: Offsets, single: bool) -> Any:
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 

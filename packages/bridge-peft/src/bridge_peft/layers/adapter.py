@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from bridge_peft.config import scaling
 from bridge_peft.layers.experts import Splits, by_expert, rows_by_expert
 from bridge_peft.layers.parallel import gather_features, gather_input, reduce_output, scatter_features, sum_gradient
 from bridge_peft.placement import MAGNITUDE, A, B, Factor, Sharing, factors, missing_sum
@@ -27,23 +28,31 @@ class Settings:
     """What a configuration says about one module.
 
     Attributes:
-        rank, scaling: r, and what B A is multiplied with.
+        rank, alpha, rslora: r and what `scaling` follows from.
         dropout: probability for elements of the adapter's input.
         dtype: of the factors.
         keep_dtype: whether casts of the whole model leave it alone.
         parts: of a canonical adapter, the parts that it adapts; empty for one pair of factors.
         dora: with a magnitude per output row.
         sharing: what the experts of a layer share.
+        changes_base: whether its first values were taken out of the base weight.
     """
 
     rank: int
-    scaling: float
+    alpha: float
+    rslora: bool
     dropout: float
     dtype: torch.dtype
     keep_dtype: bool
     parts: tuple[str, ...] = ()
     dora: bool = False
     sharing: Sharing = "each"
+    changes_base: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied with."""
+        return scaling(self.alpha, self.rank, rslora=self.rslora)
 
 
 class LoraAdapter(nn.Module):
