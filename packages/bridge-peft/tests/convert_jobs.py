@@ -66,3 +66,78 @@ def export(path: str, layout: dict[str, Any], lora: dict[str, Any], outs: dict[s
         "nbytes": reports[0].nbytes if reports else 0,
         "stream": stream if torch.distributed.get_rank() in (0, torch.distributed.get_world_size() - 1) else None,
     }
+
+
+def save_checkpoint(path: str, layout: dict[str, Any], lora: dict[str, Any], out: str, *, spec: str = "host", **fields):
+    """An adapter checkpoint of the model at a layout."""
+    from bridge_core.runtime.host import host_backend
+    from bridge_peft import save_adapter_ckpt
+
+    with host_backend():
+        bridge, _, chunks = adapted(path, layout, lora, spec=spec)
+        save_adapter_ckpt(chunks, out, bridge)
+
+
+def load(path: str, adapter: str, layout: dict[str, Any], tokens, out: str | None = None, **options: Any):
+    """An HF adapter on a live model: logits, the factors' names and shapes, and its export."""
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import forward
+    from bridge_peft import load_hf_adapter, save_hf_adapter
+
+    with host_backend():
+        bridge, pg, chunks = adapted(path, layout, None)
+        report = load_hf_adapter(chunks, adapter, bridge, **options)
+        if out is not None:
+            save_hf_adapter(chunks, out, bridge)
+        with torch.no_grad():
+            logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+    return {"logits": logits, "tp": pg.tp.rank(), "ranks": {one.name: one.r for one in report.adapted}}
+
+
+def load_checkpoint(path: str, folder: str, layout: dict[str, Any], lora: dict[str, Any], tokens):
+    """An adapter checkpoint on a live model that was adapted otherwise before: its logits."""
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import forward
+    from bridge_peft import LoraConfig, apply_lora, load_adapter_ckpt
+
+    with host_backend():
+        _, pg, chunks = adapted(path, layout, None)
+        apply_lora(chunks, LoraConfig(**lora), pg)
+        load_adapter_ckpt(chunks, folder)
+        with torch.no_grad():
+            logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
+    return {"logits": logits, "tp": pg.tp.rank()}
+
+
+def base_round_trip(path: str, layout: dict[str, Any], lora: dict[str, Any], out: str):
+    """The base of an adapted model, loaded again and saved; whether the factors stayed."""
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+
+    with host_backend():
+        bridge, _, chunks = adapted(path, layout, lora)
+        before = {name: p.clone() for name, p in chunks[0].named_parameters() if ".adapter." in name}
+        with torch.no_grad():
+            for name, parameter in chunks[0].named_parameters():
+                if ".adapter." not in name:
+                    parameter.fill_(float("nan"))
+        bridge.load_hf_weights(chunks)
+        bridge.save_hf_pretrained(chunks, out)
+        after = dict(chunks[0].named_parameters())
+        return bool(before) and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def merged(path: str, layout: dict[str, Any], lora: dict[str, Any], out: str):
+    """The model with adapters folded in, saved as an HF folder."""
+    from bridge_core.runtime.host import host_backend
+    from bridge_peft import merge_adapters
+
+    with host_backend():
+        bridge, _, chunks = adapted(path, layout, lora)
+        merge_adapters(chunks)
+        bridge.save_hf_pretrained(chunks, out)

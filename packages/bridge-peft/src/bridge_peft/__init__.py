@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from bridge_peft.apply import LoraReport as LoraReport
     from bridge_peft.apply import apply_lora as apply_lora
     from bridge_peft.config import LoraConfig as LoraConfig
+    from bridge_peft.converting.merging import merge_hf as merge_hf
+    from bridge_peft.converting.offline import export_adapter_ckpt as export_adapter_ckpt
+    from bridge_peft.converting.offline import import_adapter_ckpt as import_adapter_ckpt
+    from bridge_peft.converting.rank_checkpoints import load_adapter_ckpt as load_adapter_ckpt
+    from bridge_peft.converting.rank_checkpoints import save_adapter_ckpt as save_adapter_ckpt
     from bridge_peft.converting.ranks import export_adapter_weights as export_adapter_weights
     from bridge_peft.converting.ranks import load_hf_adapter as load_hf_adapter
     from bridge_peft.converting.ranks import save_hf_adapter as save_hf_adapter
@@ -34,10 +39,15 @@ _HOME = {
     "delete_adapter": "switch",
     "disable_adapters": "switch",
     "enable_adapters": "switch",
+    "export_adapter_ckpt": "converting.offline",
     "export_adapter_weights": "converting.ranks",
+    "import_adapter_ckpt": "converting.offline",
+    "load_adapter_ckpt": "converting.rank_checkpoints",
     "load_hf_adapter": "converting.ranks",
     "merge_adapters": "merge",
+    "merge_hf": "converting.merging",
     "merged_weights": "merge",
+    "save_adapter_ckpt": "converting.rank_checkpoints",
     "save_hf_adapter": "converting.ranks",
     "set_adapter": "switch",
     "unmerge_adapters": "merge",
@@ -50,10 +60,15 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "enable_adapters",
+    "export_adapter_ckpt",
     "export_adapter_weights",
+    "import_adapter_ckpt",
+    "load_adapter_ckpt",
     "load_hf_adapter",
     "merge_adapters",
+    "merge_hf",
     "merged_weights",
+    "save_adapter_ckpt",
     "save_hf_adapter",
     "set_adapter",
     "unmerge_adapters",

@@ -37,11 +37,13 @@ class Part:
         name: HF tensor name, holes open.
         rows: the layer's row of each of its rows.
         stacked: whether it holds all experts in its first dim.
+        transposed: whether it is stored [in, rows].
     """
 
     name: str
     rows: np.ndarray
     stacked: bool
+    transposed: bool
 
     @property
     def module(self) -> str:
@@ -92,8 +94,9 @@ class Base:
     def parts(self) -> tuple[Part, ...]:
         """The HF weights it is made of, in the order of the family's table."""
         return tuple(
-            Part(tensor.name, _rows(self.entry, tensor), bool(self.entry.stack_stride(tensor)))
+            Part(tensor.name, rows, bool(self.entry.stack_stride(tensor)), transposed)
             for tensor in self.entry.hf
+            for rows, transposed in [_rows(self.entry, tensor)]
         )
 
     def named(self, layer: int) -> str:
@@ -160,17 +163,18 @@ def bases_for(bridge: AutoBridge, *, padded_vocab: int | None = None) -> Bases:
     return Bases(plan)
 
 
-def _rows(entry: Entry, tensor: Tensor) -> np.ndarray:
-    """The row of the Megatron weight of each row of an HF one."""
+def _rows(entry: Entry, tensor: Tensor) -> tuple[np.ndarray, bool]:
+    """The row of the Megatron weight of each row of an HF one, and whether that is stored [in, rows]."""
     shape = tensor.shape[1:] if entry.stack_stride(tensor) else tensor.shape
     out, within = entry.shape
     pieces = [piece for piece in entry.pieces if piece.source.tensor == tensor.name]
     sources, targets = _offsets(pieces, entry, Box((0, 0), (out, 1)))
     across, along = _offsets(pieces, entry, Box((int(targets.min()), 0), (1, within)))
     across = across[np.argsort(along)]
-    if shape[1] == within and not (sources % within).any():
+    transposed = shape[1] != within or bool((sources % within).any())
+    if not transposed:
         rows, straight = sources // within, (np.diff(across) == 1).all()
-    else:  # stored [in, out]
+    else:
         rows, straight = sources, (np.diff(across) == shape[1]).all()
     if not straight or len(across) != within or len(rows) != prod(shape) // within:
         raise CoverageError(
@@ -179,7 +183,7 @@ def _rows(entry: Entry, tensor: Tensor) -> np.ndarray:
             expected="whole rows",
             fix="leave this layer out of the adapter",
         )
-    return targets[np.argsort(rows)]
+    return targets[np.argsort(rows)], transposed
 
 
 def _offsets(pieces: list[Piece], entry: Entry, box: Box) -> tuple[np.ndarray, np.ndarray]:

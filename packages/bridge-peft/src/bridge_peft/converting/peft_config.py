@@ -10,7 +10,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def build(
         raise ConfigError(
             "some layers are rank-stabilised and others are not", where="use_rslora", expected="one for all", got="both"
         )
+    stabilised = rslora == {True}
+    if stabilised and target == "peft" and any(module.expert and not module.parameter for module in modules):
+        # PEFT doubles r and alpha where it joins gate and up, which keeps alpha / r but not alpha / sqrt(r).
+        modules = [replace(module, alpha=module.alpha * sqrt(module.r)) for module in modules]
+        stabilised = False
     known = list(known)
     r, alpha = _common(modules)
     if target in ("peft", "peft-target-parameters"):
@@ -74,7 +80,7 @@ def build(
         "target_modules": _ends([module.name for module in plain], [name for name, _ in known]),
         "task_type": "CAUSAL_LM",
         "use_dora": any(one.dora for one in held),
-        "use_rslora": rslora == {True},
+        "use_rslora": stabilised,
     }
     if parameters:
         config["target_parameters"] = [module.name for module in parameters]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ from bridge_peft.converting.exclude import warn_unused
 from bridge_peft.converting.gather import Held, Share
 from bridge_peft.converting.hf_adapter import HfAdapter, open_adapter
 from bridge_peft.converting.layouts import check_target
+from bridge_peft.converting.offline import name_of
+from bridge_peft.converting.report import AdapterReport
 from bridge_peft.dtypes import lora_dtype_name
 from bridge_peft.layers.attach import adapters_of
 from bridge_peft.settings import AdapterSettings
@@ -34,27 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BUCKET = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterReport:
-    """What an export or an import did.
-
-    Attributes:
-        output: the folder.
-        layers: adapted Megatron layers.
-        tensors: HF tensors.
-        nbytes: bytes of them.
-        read: bytes of tensors read from a checkpoint; 0 where the source is a live model.
-        left_out: beginnings of Megatron names that were excluded.
-    """
-
-    output: Path
-    layers: int
-    tensors: int
-    nbytes: int
-    read: int = 0
-    left_out: tuple[str, ...] = ()
 
 
 def bases_of(bridge: AutoBridge, model: Any, group: Any) -> Bases:
@@ -120,7 +100,7 @@ def save_hf_adapter(
     held = Held(model, bases, adapter_name, exclude=exclude_adapter_base_prefix, group=group)
 
     def lay_out() -> AdapterFile:
-        name = base_model or (str(bridge.path) if bridge.path else bridge.config.get("_name_or_path") or None)
+        name = base_model or name_of(bridge)
         return AdapterFile(held.layers, bases, check_target(target), dtype=dtype, base_model=name)
 
     file = jointly(workers, lay_out)
