@@ -78,7 +78,7 @@ def save_checkpoint(path: str, layout: dict[str, Any], lora: dict[str, Any], out
         save_adapter_ckpt(chunks, out, bridge)
 
 
-def load(path: str, adapter: str, layout: dict[str, Any], tokens, out: str | None = None, **options: Any):
+def load(path: str, adapter: str, layout: dict[str, Any], tokens, out=None, target="peft", **options: Any):
     """An HF adapter on a live model: logits, the factors' names and shapes, and its export."""
     import torch
 
@@ -90,7 +90,7 @@ def load(path: str, adapter: str, layout: dict[str, Any], tokens, out: str | Non
         bridge, pg, chunks = adapted(path, layout, None)
         report = load_hf_adapter(chunks, adapter, bridge, **options)
         if out is not None:
-            save_hf_adapter(chunks, out, bridge)
+            save_hf_adapter(chunks, out, bridge, target=target)
         with torch.no_grad():
             logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
     return {"logits": logits, "tp": pg.tp.rank(), "ranks": {one.name: one.r for one in report.adapted}}
