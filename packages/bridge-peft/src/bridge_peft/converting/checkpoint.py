@@ -33,6 +33,7 @@ from bridge_peft.converting.adapter_file import Layer
 from bridge_peft.converting.bases import Base, Bases
 from bridge_peft.converting.exclude import excluded_by
 from bridge_peft.converting.fuse import check_rank
+from bridge_peft.converting.reading import read_into
 from bridge_peft.converting.run_config import Said
 from bridge_peft.errors import MissingCheckpointError
 from bridge_peft.placement import MAGNITUDE, A, B, Sharing, factors
@@ -286,22 +287,12 @@ class AdapterCheckpoint:
             )
         part = torch.empty(sizes, dtype=target.dtype)
         nbytes = part.numel() * dtype_of(tensor.dtype).itemsize
-        _read_into(descriptor, part, chunk.offset + item.data_offset + first * nbytes, where)
+        read_into(descriptor, part, chunk.offset + item.data_offset + first * nbytes, where)
         self.read_nbytes += nbytes
         region = target
         for dim, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
             region = region.narrow(dim, start, length)
         region.copy_(part)
-
-
-def _read_into(descriptor: int, tensor: Tensor, offset: int, where: Path) -> None:
-    data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    at = 0
-    while at < len(data):
-        count = os.preadv(descriptor, [data[at:]], offset + at)
-        if count == 0:
-            raise CheckpointError("a file has become shorter", where=where, expected=f"{offset + len(data)} bytes")
-        at += count
 
 
 def _one(name: str | None, named: Collection[str], folder: Path) -> str:

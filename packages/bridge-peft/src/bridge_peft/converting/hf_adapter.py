@@ -6,6 +6,7 @@ Tensor names: peft 0.21, utils/save_and_load.py. Experts may be modules with num
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from bridge_peft.converting.bases import Base, Bases
 from bridge_peft.converting.fuse import Pair, join
 from bridge_peft.converting.layouts import PREFIX, modules_of, parameter_name, same_module, unpacked
 from bridge_peft.converting.peft_config import PeftConfig
+from bridge_peft.converting.reading import read_stored
 from bridge_peft.errors import MissingCheckpointError
 from bridge_peft.settings import AdapterSettings
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(r"^(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_MAGNITUDE = "lora_magnitude_vector"
 _HOLE = re.compile(r"\{(?:layer|expert)\}")
 
 Names = dict[str, str]  # lora_A, lora_B, lora_magnitude_vector -> tensor of the file
@@ -77,44 +80,47 @@ class HfAdapter:
         Raises:
             CheckpointError: the parts of the layer cannot be one adapter.
         """
-        from safetensors import safe_open
-
         base, sources = self.layers[name, layer]
         found: dict[int, tuple[AdapterSettings, Pair]] = {}
-        with safe_open(self.path / FILE, "pt") as file:
+        descriptor = os.open(self.path / FILE, os.O_RDONLY)
+        try:
             for number, source in sources.items():
                 settings = self.config.settings(source.module)
-                if number == -1:
-                    names = source.tensors[None]
-                    whole = unpacked(base, *(file.get_tensor(names[factor]) for factor in ("lora_A", "lora_B")))
-                    found |= {place: (settings, pair) for place, pair in whole.items()}
-                else:
-                    found[number] = settings, _pair(file, base, source)
+                if number >= 0:
+                    found[number] = settings, self._pair(descriptor, base, source)
+                    continue
+                names = source.tensors[None]
+                values = (read_stored(descriptor, self.stored[names[factor]]) for factor in ("lora_A", "lora_B"))
+                found |= {place: (settings, pair) for place, pair in unpacked(base, *values).items()}
+        finally:
+            os.close(descriptor)
         return join(base, found, where=base.named(layer), canonical=canonical)
 
+    def _pair(self, descriptor: int, base: Base, source: Source) -> Pair:
+        def read(expert: int | None, factor: str) -> Tensor:
+            return read_stored(descriptor, self.stored[source.tensors[expert][factor]])
 
-def _pair(file: object, base: Base, source: Source) -> Pair:
-    def values(factor: str) -> Tensor | None:
-        if factor not in next(iter(source.tensors.values())):
-            return None
-        read = file.get_tensor  # type: ignore[attr-defined]
-        if None in source.tensors:
-            return read(source.tensors[None][factor])
-        each = [read(source.tensors[expert][factor]) for expert in range(base.linear.experts)]
-        if len({(tensor.shape, tensor.dtype) for tensor in each}) > 1:
-            raise CheckpointError(
-                "the experts of a layer have adapters of different shapes",
-                where=f"{source.module}: {factor}",
-                expected="one rank and dtype",
-                got=preview(sorted({f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in each})),
-                fix="merge the adapter into the model (bridge-peft merge)",
-            )
-        return torch.stack(each)
+        def values(factor: str) -> Tensor:
+            if None in source.tensors:
+                return read(None, factor)
+            each = [read(expert, factor) for expert in range(base.linear.experts)]
+            _check_experts(source, factor, each)
+            return torch.stack(each)
 
-    a, b = values("lora_A"), values("lora_B")
-    assert a is not None  # `_check_whole` saw both
-    assert b is not None
-    return Pair(a, b, values("lora_magnitude_vector"))
+        magnitude = values(_MAGNITUDE) if _MAGNITUDE in next(iter(source.tensors.values())) else None
+        return Pair(values("lora_A"), values("lora_B"), magnitude)
+
+
+def _check_experts(source: Source, factor: str, each: list[Tensor]) -> None:
+    kinds = {(tuple(tensor.shape), str(tensor.dtype)) for tensor in each}
+    if len(kinds) > 1:
+        raise CheckpointError(
+            "the experts of a layer have adapters of different shapes",
+            where=f"{source.module}: {factor}",
+            expected="one rank and dtype",
+            got=preview(sorted(kinds)),
+            fix="merge the adapter into the model (bridge-peft merge)",
+        )
 
 
 def open_adapter(path: str | Path, bases: Bases) -> HfAdapter:

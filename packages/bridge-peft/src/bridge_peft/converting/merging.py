@@ -22,7 +22,7 @@ from bridge_core.checkpoint.output import check_apart, check_free, real_path, wr
 from bridge_core.checkpoint.safetensors import Stored, place
 from bridge_core.checkpoint.workers import Alone
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import CheckpointError, CoverageError
+from bridge_core.errors import CoverageError
 from bridge_core.patterns import fill
 from bridge_core.runtime.tensors import torch_dtype
 from bridge_peft.converting.bases import Base, Bases, bases_for
@@ -30,6 +30,7 @@ from bridge_peft.converting.checkpoint import AdapterCheckpoint, find_checkpoint
 from bridge_peft.converting.fuse import Pair, take_apart
 from bridge_peft.converting.hf_adapter import open_adapter
 from bridge_peft.converting.peft_config import CONFIG
+from bridge_peft.converting.reading import read_stored
 from bridge_peft.converting.report import AdapterReport
 from bridge_peft.converting.run_config import NOTHING, ByHand, read_settings
 from bridge_peft.dtypes import lora_dtype_name
@@ -165,15 +166,7 @@ class _Folder:
         return self._open[path, flags]
 
     def _read(self, stored: Stored) -> Tensor:
-        tensor = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        at = 0
-        while at < len(data):
-            count = os.preadv(self._descriptor(stored.path, os.O_RDONLY), [data[at:]], stored.offset + at)
-            if count == 0:
-                raise CheckpointError("a file has become shorter", where=stored.path, expected=stored.offset + at)
-            at += count
-        return tensor
+        return read_stored(self._descriptor(stored.path, os.O_RDONLY), stored)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         file, offset, dtype, _ = self._places[name]
