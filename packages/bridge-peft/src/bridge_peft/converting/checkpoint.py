@@ -57,7 +57,7 @@ class Place(NamedTuple):
     """Where a factor, or that of one expert, lies: the key, and the index of its layer if layers are stacked."""
 
     key: str
-    index: int | None
+    layer: int | None
 
 
 @dataclass
@@ -129,7 +129,7 @@ class AdapterCheckpoint:
         )
 
     def _stack_size(self, place: Place) -> int:
-        return 1 if place.index is None else self._dcp.tensors[place.key].shape[0]
+        return 1 if place.layer is None else self._dcp.tensors[place.key].shape[0]
 
     def _by_name(self, keys: Sequence[str]) -> dict[str, list[tuple[str, re.Match[str]]]]:
         named: dict[str, list[tuple[str, re.Match[str]]]] = {}
@@ -207,7 +207,7 @@ class AdapterCheckpoint:
 
     def _shape(self, base: Base, places: dict[int | None, Place], name: str) -> tuple[tuple[int, ...], str]:
         """Shape of a whole factor, and its dtype."""
-        tensors = ((self._dcp.tensors[place.key], place.index) for place in places.values())
+        tensors = ((self._dcp.tensors[place.key], place.layer) for place in places.values())
         held = {(tensor.shape[index is not None :], tensor.dtype) for tensor, index in tensors}
         if len(held) > 1:
             raise CheckpointError(
@@ -246,9 +246,9 @@ class AdapterCheckpoint:
         for expert, place in places.items():
             target = whole if expert is None else whole[expert]
             tensor = self._dcp.tensors[place.key]
-            target = target if place.index is None else target.unsqueeze(0)
+            target = target if place.layer is None else target.unsqueeze(0)
             for chunk in tensor.chunks:
-                self._copy(tensor, chunk, place.index, target, files, stack)
+                self._copy(tensor, chunk, place.layer, target, files, stack)
         return whole
 
     def _copy(
@@ -300,7 +300,7 @@ def _one(name: str | None, named: Collection[str], folder: Path) -> str:
         raise _nothing(folder, "there is no adapter")
     if name is None and len(named) == 1:
         return next(iter(named))
-    if name not in named:
+    if name is None or name not in named:
         raise ConfigError(
             "a checkpoint holds several adapters" if name is None else "there is no adapter of this name",
             where=folder,

@@ -24,7 +24,7 @@ from bridge_peft.converting.bases import Bases, bases_for
 from bridge_peft.converting.exclude import warn_unused
 from bridge_peft.converting.gather import Held, Share
 from bridge_peft.converting.hf_adapter import HfAdapter, open_adapter
-from bridge_peft.converting.layouts import check_target
+from bridge_peft.converting.layouts import Target, check_target
 from bridge_peft.converting.offline import name_of
 from bridge_peft.converting.report import AdapterReport
 from bridge_peft.dtypes import lora_dtype_name
@@ -161,7 +161,7 @@ def export_adapter_weights(
     """
     group = group or default_group()
     workers = TorchWorkers(group)
-    layout = jointly(workers, lambda: check_target(target))
+    layout: Target = jointly(workers, lambda: check_target(target))
     bases = bases_of(bridge, model, group)
     held = Held(model, bases, adapter_name, exclude=exclude_adapter_base_prefix, group=group)
     file = jointly(workers, lambda: AdapterFile(held.layers, bases, layout, dtype=dtype, base_model=None))
