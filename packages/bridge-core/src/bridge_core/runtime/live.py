@@ -102,6 +102,8 @@ def open_live(
 ) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.
 
+    Adapters on its layers (`<layer>.adapter.<...>`) are left alone: what is matched is the base model.
+
     Args:
         model: a `GPTModel` or `HybridModel`, or the list of its chunks under virtual pipelining, wrapped or not.
         family, fields: of the HF model.
@@ -146,12 +148,19 @@ def matches(name: str, patterns: Collection[str]) -> bool:
 _WEIGHT_BUFFERS = (".router.expert_bias",)
 
 
+# Where LoRA and its like keep what they add to a layer, as a child module of it (bridge-peft; Megatron-Bridge 0.7,
+# peft/adapter_wrapper.py). It is no part of the model that a configuration describes.
+_ADAPTERS = re.compile(r"(^|\.)adapter\.")
+
+
 def _stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a chunk, and the buffers that are weights as well."""
+    """Parameters of a chunk, without those of adapters on it, and the buffers that are weights as well."""
     # A tied output layer beside prediction layers: megatron-core 0.19 makes a weight for it that it never uses, as the
     # embedding is there too (models/common/language_module/language_module.py, `shared_embedding_or_output_weight`).
     unused = chunk.share_embeddings_and_output_weights and getattr(chunk, "mtp_process", False)
-    yield from ((name, value) for name, value in chunk.named_parameters() if not (unused and name == OUTPUT))
+    for name, parameter in chunk.named_parameters():
+        if not (_ADAPTERS.search(name) or (unused and name == OUTPUT)):
+            yield name, parameter
     for name, buffer in chunk.named_buffers():
         if name.endswith(_WEIGHT_BUFFERS):
             yield name, buffer
