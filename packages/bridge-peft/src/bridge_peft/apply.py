@@ -212,7 +212,7 @@ def _check_chunks(chunks: Iterable[Any]) -> None:
 
 
 def _check_site(site: Site, config: LoraConfig, parts: tuple[str, ...], name: str) -> None:
-    taken = site.module._modules.get("adapter")
+    taken: Any = site.module._modules.get("adapter")
     if taken is not None and name in taken:
         raise ConfigError(
             "a layer has an adapter of this name already",

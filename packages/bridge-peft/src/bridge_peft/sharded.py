@@ -49,8 +49,9 @@ def owns(adapter: LoraAdapter, key: str) -> bool:
 
 
 def _entry(adapter: LoraAdapter, key: str, prefix: str, name: str, offsets: Offsets, single: bool) -> Any:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+    from megatron.core.dist_checkpointing import mapping
 
+    made: Any = mapping.ShardedTensorFactory  # its annotations are of other factories
     site, factor, value = adapter.site, adapter.factors[key], adapter.get_parameter(key)
     sequential = bool(site.linear.experts) and not site.grouped
     # The last offset of a sequential expert is its number in the layer; one before it is the layer's.
@@ -60,11 +61,11 @@ def _entry(adapter: LoraAdapter, key: str, prefix: str, name: str, offsets: Offs
     replica = _replica(adapter, factor, single)
     if factor.by_expert and site.grouped and single:
         each = _PerExpert(adapter, factor)
-        return ShardedTensorFactory(sharded_key, value, each, each.merge, replica)
+        return made(sharded_key, value, each, each.merge, replica)
     shards = _Shards(adapter, factor, own_key=single)
     if factor.cut is None or factor.blocks == 1:
         return shards(sharded_key, value, replica)[0]
-    return ShardedTensorFactory(sharded_key, value, shards, shards.merge, replica)
+    return made(sharded_key, value, shards, shards.merge, replica)
 
 
 class _Shards:

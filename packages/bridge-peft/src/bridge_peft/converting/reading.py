@@ -22,7 +22,7 @@ def read_into(descriptor: int, tensor: Tensor, offset: int, where: str | Path) -
     Raises:
         CheckpointError: the file ends before.
     """
-    data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    data = tensor.view(-1).view(torch.uint8).numpy().data
     at = 0
     while at < len(data):
         count = os.preadv(descriptor, [data[at:]], offset + at)

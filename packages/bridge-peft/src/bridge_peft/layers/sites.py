@@ -216,7 +216,7 @@ def _stored_weight(module: Any, grouped: bool) -> tuple[int, int] | None:
 def _layer_numbers(chunk: nn.Module) -> dict[str, int]:
     """Path of every layer of the chunk -> its number in the whole model, counted from 0."""
     return {
-        path: int(module.layer_number) - 1
+        path: int(getattr(module, "layer_number")) - 1  # noqa: B009 - an attribute of some modules alone
         for path, module in chunk.named_modules()
         if hasattr(module, "layer_number") and re.search(r"(^|\.)layers\.\d+$", path)
     }
