@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
-from bridge_core.codecs import codec_of
+from bridge_core.codecs import Fp8Blocks, codec_of
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Family, Fields, all_families, family_for
@@ -230,7 +230,7 @@ class AutoBridge:
         from bridge_core.runtime.workers import TorchWorkers
 
         workers = TorchWorkers(options.get("group") or default_group())
-        return Stream(jointly(workers, lambda: self._live(model, groups, fp8=fp8)), **options)
+        return Stream(jointly(workers, lambda: self._live(model, groups, Fp8Blocks() if fp8 else None)), **options)
 
     def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """Every HF tensor of a live model as (name, tensor), in one order on all ranks. Collective, lazy.
@@ -270,8 +270,7 @@ class AutoBridge:
 
         return WeightSource(self.stream(model, **options), cpu=cpu)
 
-    def _live(self, model: Any, groups: Any, *, fp8: bool = False) -> LiveModel:
-        from bridge_core.checkpoint.convert import codec_options
+    def _live(self, model: Any, groups: Any, codec: Fp8Blocks | None = None) -> LiveModel:
         from bridge_core.runtime.live import open_live
 
         folder = self._weights()
@@ -282,7 +281,7 @@ class AutoBridge:
             groups=groups,
             inventory=folder.shapes if folder else None,  # names are those of the bridge's own folder
             ignore=self.ignore,
-            **codec_options(fp8, folder),
+            codec=codec,
         )
 
     def _folder(self, path: str | Path | None) -> Path:
