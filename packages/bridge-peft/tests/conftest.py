@@ -19,8 +19,14 @@ def rank_pool():
         yield pool
 
 
+# Whole grids of layouts on real ranks: minutes each.
+SLOW = ("test_export", "test_parallel", "test_quantised")
+
+
 def pytest_collection_modifyitems(items):
-    """Whatever uses the pool is marked `ranks`."""
+    """Whatever uses the pool is marked `ranks`; the modules of `SLOW` are marked so."""
     for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
         if "rank_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ranks)
