@@ -10,23 +10,12 @@ from typing import Any
 @contextmanager
 def hybrid_host(layout: dict[str, Any]) -> Iterator[None]:
     """The CPU backend with Mamba layers, and the global state that mcore asks where prediction layers go."""
-    from megatron.core import parallel_state
-
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mamba import mamba_layers
+    from bridge_core.testing.mcore_jobs import global_state
 
-    with host_backend(), mamba_layers():
-        parallel_state.initialize_model_parallel(
-            layout.get("tp", 1),
-            layout.get("pp", 1),
-            layout.get("vpp"),
-            expert_model_parallel_size=layout.get("ep", 1),
-            expert_tensor_parallel_size=layout.get("etp"),
-        )
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
+    with host_backend(), mamba_layers(), global_state(layout):
+        yield
 
 
 @contextmanager

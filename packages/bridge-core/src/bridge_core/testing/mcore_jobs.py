@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,16 +64,10 @@ def global_state_where_mcore_needs_it(chunks: list[Any], pg: Any) -> Iterator[No
 
 
 @contextmanager
-def global_state_for_mtp(fields: dict[str, Any], layout: dict[str, Any]) -> Iterator[None]:
-    """mcore asks its global state where prediction layers are: whoever builds a model with some has initialised it.
-
-    0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`. Collective.
-    """
+def global_state(layout: dict[str, Any]) -> Iterator[None]:
+    """mcore's global state of a layout, for what of mcore cannot do without. Collective."""
     from megatron.core import parallel_state
 
-    if not fields.get("mtp_num_layers"):
-        yield
-        return
     parallel_state.initialize_model_parallel(
         layout.get("tp", 1),
         layout.get("pp", 1),
@@ -85,6 +79,16 @@ def global_state_for_mtp(fields: dict[str, Any], layout: dict[str, Any]) -> Iter
         yield
     finally:
         parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def global_state_for_mtp(fields: dict[str, Any], layout: dict[str, Any]) -> Iterator[None]:
+    """mcore asks its global state where prediction layers are: whoever builds a model with some has initialised it.
+
+    0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`. Collective.
+    """
+    with global_state(layout) if fields.get("mtp_num_layers") else nullcontext():
+        yield
 
 
 def sharded(chunks: list[Any], pg: Any) -> dict[str, Any]:
