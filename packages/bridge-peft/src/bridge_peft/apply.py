@@ -222,6 +222,16 @@ def _check_site(site: Site, config: LoraConfig, parts: tuple[str, ...], name: st
             fix="pass another adapter_name, or delete_adapter first",
         )
     leaf = site.name.rpartition(".")[2]
+    if leaf == "in_proj" and site.size > 1:
+        # Each rank holds a part of every segment (megatron-core 0.19, ssm/gated_delta_net/gdn.py, ssm/mamba_mixer.py),
+        # so the rows of B on two ranks are not two halves of the whole's: a checkpoint would mix segments up.
+        raise ConfigError(
+            "the segments of a recurrent layer's projection are cut one by one, which adapters do not follow",
+            where=site.name,
+            expected="tensor-parallel size 1",
+            got=site.size,
+            fix='leave the layer out (exclude_modules=["*in_proj"]), or train with tensor_model_parallel_size=1',
+        )
     fused = leaf in ("linear_qkv",) or (leaf == "linear_fc1" and site.linear.blocks == 2)
     if config.variant == "canonical" and fused and not parts:
         raise ConfigError(
