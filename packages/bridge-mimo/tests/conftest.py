@@ -1,0 +1,26 @@
+"""Fixtures and settings of all tests of bridge-mimo."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# Jobs are imported by name, here and in the rank processes, which inherit this path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def rank_pool():
+    """Four gloo ranks on this machine, started by the first test that runs a job on them."""
+    pytest.importorskip("torch")
+    from bridge_core.testing.ranks import RankPool
+
+    with RankPool(4) as pool:
+        yield pool
+
+
+def pytest_collection_modifyitems(items):
+    """Whatever uses the pool is marked `ranks`."""
+    for item in items:
+        if "rank_pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ranks)
