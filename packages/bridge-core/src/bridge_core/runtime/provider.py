@@ -108,6 +108,13 @@ class Provider:
             setattr(self, name, value)
         return self
 
+    def copy(self) -> Provider:
+        """A provider of the same settings, whose changes are its own."""
+        made = object.__new__(type(self))
+        for name, value in vars(self).items():
+            object.__setattr__(made, name, dict(value) if name == "_settings" else value)
+        return made
+
     @property
     def layout(self) -> ParallelLayout:
         """The parallel sizes among the settings. `dp` is not one of them: it follows from the ranks."""

@@ -142,7 +142,7 @@ def save_live(
     durable: bool = False,
     one_writer_per_file: bool = False,
     bucket_bytes: int = 256 * 1024 * 1024,
-    carried: Collection[str] = (),
+    carried: Callable[[LiveModel], Collection[str]] = lambda live: (),
     group: Any = None,
 ) -> SaveReport:
     """Write whatever `opened` gives as an HF folder; what `save_hf_pretrained` does of a single model.
@@ -153,7 +153,7 @@ def save_live(
         opened: the model matched against its plan, given the folder that the files are to be like.
         cut_over: of a model, the process group whose ranks hold the other parts of a shard's tensor.
         config: config.json.
-        carried: HF names of tensors that the model does not have, and that are copied from `source`.
+        carried: of a model, HF names of tensors that it does not have, and that are copied from `source`.
     """
     group = group or default_group()
     workers = TorchWorkers(group)
@@ -176,21 +176,22 @@ def save_live(
 
     live, like = jointly(workers, check)
     dtypes = agreed_dtypes(live, dtype, group)
+    others = carried(live)
 
-    layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size, carried))
+    layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size, others))
     _check_agreed(layout, group)
 
     def make_writer() -> SharedFiles | WholeFiles:
         if one_writer_per_file:
-            return WholeFiles(live, layout, group, bucket_bytes, carried)
+            return WholeFiles(live, layout, group, bucket_bytes, others)
         return SharedFiles(live, layout, cut_over(live), dtypes, group)
 
     writer = jointly(workers, make_writer)
-    copies = _copies(layout, like, carried)
+    copies = _copies(layout, like, others)
     sent = _write(output, layout, writer, like, copies, config, workers, overwrite=overwrite, durable=durable)
     return SaveReport(
         output=output,
-        tensors=len(as_written(live.plan, dtypes)[0]) + len(carried),
+        tensors=len(as_written(live.plan, dtypes)[0]) + len(others),
         bytes_written=sent.written,
         bytes_sent=sent.sent,
         exchanges=sent.rounds,
