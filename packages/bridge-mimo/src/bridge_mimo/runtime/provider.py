@@ -31,6 +31,9 @@ _PIPELINE = (
     "num_layers_in_last_pipeline_stage",
     "pipeline_model_parallel_layout",
 )
+# Where config.json of a Qwen3.5 says nothing (transformers 5.23, models/qwen3_5/modeling_qwen3_5.py,
+# `Qwen3_5TextRotaryEmbedding`).
+_MROPE_SECTION = (11, 11, 10)
 
 
 class MimoProvider:
@@ -127,7 +130,7 @@ class MimoProvider:
         provider = self.language.copy().apply_overrides(_sizes(self.layouts[LANGUAGE]) | {"mtp_num_layers": None})
         fields = self.components.fields
         if mrope := fields.get("position_embedding_type") == "mrope":
-            provider.mrope_section = list(fields["mrope_section"])
+            provider.mrope_section = list(fields.get("mrope_section") or _MROPE_SECTION)
         config = provider.finalize()
         params = {"config": config, "max_sequence_length": provider.seq_length}
         if groups is not None:
