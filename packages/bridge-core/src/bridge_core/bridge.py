@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
 from bridge_core.codecs import Fp8Blocks, codec_of
@@ -65,7 +65,7 @@ class AutoBridge:
     @classmethod
     def from_hf_pretrained(
         cls, path: str | Path, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()
-    ) -> AutoBridge:
+    ) -> Self:
         """A bridge for the model in an HF folder. Only config.json is read here, and at need the names of tensors.
 
         Args:
@@ -83,9 +83,7 @@ class AutoBridge:
         return cls(config, path=where, ignore=ignore, ignore_options=ignore_options)
 
     @classmethod
-    def from_hf_config(
-        cls, config: Any, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()
-    ) -> AutoBridge:
+    def from_hf_config(cls, config: Any, *, ignore: Sequence[str] = (), ignore_options: Sequence[str] = ()) -> Self:
         """A bridge for a configuration without weights: a dict, or a transformers `PretrainedConfig`."""
         if not isinstance(config, Mapping):
             if not hasattr(config, "to_diff_dict"):
@@ -115,20 +113,25 @@ class AutoBridge:
         Raises:
             LayoutError: the layout does not divide the model; says the numbers.
         """
-        folder = self._weights()
-        dtypes = {name: tensor.dtype for name, tensor in folder.tensors.items()} if folder else {}
         return Plan(
             self.family,
             self.fields,
             layout or ParallelLayout(),
-            dtype=self.dtype,
-            dtypes=dtypes,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-            inventory=folder.shapes if folder else None,
-            ignore=self.ignore,
-            codec=self.codec,
-            quantised=folder.quantised if folder else None,
+            **self._plan_options(),
         )
+
+    def _plan_options(self) -> dict[str, Any]:
+        """What a plan is told of the HF side."""
+        folder = self._weights()
+        return {
+            "dtype": self.dtype,
+            "dtypes": {name: tensor.dtype for name, tensor in folder.tensors.items()} if folder else {},
+            "inventory": folder.shapes if folder else None,
+            "ignore": self.ignore,
+            "codec": self.codec,
+            "quantised": folder.quantised if folder else None,
+        }
 
     @property
     def dtype(self) -> str:

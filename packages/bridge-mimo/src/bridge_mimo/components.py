@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from bridge_core.errors import ConfigError, CoverageError, preview
 from bridge_core.families import Family, Fields, Tower, register_family
+from bridge_core.patterns import alternatives
 from bridge_core.plan import scoped
 from bridge_core.topology import PipelineStage
-
 from bridge_mimo.layout import LANGUAGE
 
 LANGUAGE_MODULES = ("embedding.", "decoder.", "output_layer.")
@@ -144,6 +144,11 @@ def routes_of(family: Family, fields: Fields) -> tuple[MIMOComponent, ...]:
     return routes
 
 
+def has_components(family: Family) -> bool:
+    """Whether the components of a family's models are known."""
+    return bool(family.towers) or family.name in _BUILDERS
+
+
 def _from_towers(family: Family, fields: Fields) -> list[MIMOComponent]:
     if not family.towers:
         raise ConfigError(
@@ -175,7 +180,8 @@ class Component(NamedTuple):
         family: the part of the model's family that is its; names are those of a model of its own: the layers of a
             tower are `decoder.layers`.
         fields: Megatron fields of its own stack of layers.
-        targets: name in `MimoModel` by its own name, both with holes.
+        targets: name in `MimoModel` of every row by its own name, both with holes.
+        moves: how such a name becomes the other: characters to cut off its beginning, and what comes there.
     """
 
     name: str
@@ -183,6 +189,12 @@ class Component(NamedTuple):
     family: Family
     fields: Fields
     targets: dict[str, str]
+    moves: dict[str, tuple[int, str]]
+
+    def target(self, row: str, name: str) -> str:
+        """The name in `MimoModel` of a tensor that is an instance of one of its own rows."""
+        cut, head = self.moves[row]
+        return head + name[cut:]
 
     @property
     def prefix(self) -> str:
@@ -233,6 +245,12 @@ class Components:
 
         return scoped(self.family, self.fields, name_of, reason="", holds=_everywhere)
 
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """HF names (holes open) of what a checkpoint carries along."""
+        rows = [rule for name, rule in self.family.table(self.fields).items() if name.startswith(PREDICTION)]
+        return tuple(name for rule in rows for name in alternatives(rule.hf))
+
     @cached_property
     def parts(self) -> dict[str, Component]:
         """Every component by its name."""
@@ -246,11 +264,15 @@ class Components:
         def own(row: str) -> str | None:
             return row.removeprefix(prefix) if any(route.takes(row) for route in routes) else None
 
-        rows = [row for row in self.family.table(self.fields) if own(row) is not None]
-        targets = {row.removeprefix(prefix): self.target(row) or "" for row in rows}
+        moves: dict[str, tuple[int, str]] = {}
+        for row in self.family.table(self.fields):
+            for route in (route for route in routes if route.takes(row)):
+                alone, rest = row.removeprefix(prefix), row.removeprefix(route.source_prefix)
+                moves[alone] = len(alone) - len(rest), f"{route.target_module_path}."
+        targets = {row: head + row[cut:] for row, (cut, head) in moves.items()}
         holds = partial(_tower_holds, tower, self.fields) if tower else None
         family = scoped(self.family, self.fields, own, reason="of another component", holds=holds)
-        return Component(name, routes, family, self._fields(tower), targets)
+        return Component(name, routes, family, self._fields(tower), targets, moves)
 
     def _fields(self, tower: Tower | None) -> Fields:
         if tower is None:

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
 from bridge_core.geometry import Shape
+from bridge_core.patterns import fill
 from bridge_core.plan import Audit, Plan, RankCost, Shard
 from bridge_core.topology import ParallelLayout
 from bridge_mimo.components import Component, Components
@@ -55,42 +56,15 @@ class ComponentPlan:
     def iter_local_shards(self, rank: int) -> Iterator[Shard]:
         """What a rank of the world holds of the component, under the names of `MimoModel`."""
         for shard in self.plan.iter_local_shards(self.local_rank(rank)):
-            own, target = shard.entry, self.component.targets[shard.entry]
-            head, gone = _change_of_prefix(own, target)
-            param, name = head + shard.param[gone:], head + shard.name[gone:]
+            param = self.component.target(shard.entry, shard.param)
             pieces = tuple(piece._replace(target=piece.target._replace(tensor=param)) for piece in shard.pieces)
-            yield shard._replace(param=param, name=name, pieces=pieces, entry=target)
+name, entry = self.component.target(shard.entry, shard.name), self.component.targets[shard.entry]
+            yield shard._replace(param=param, name=name, pieces=pieces, entry=entry)
 
     def own(self, shard: Shard) -> Shard:
         """A shard of `iter_local_shards` with its entry and its name as they are in `plan`; the rest is as it was."""
         own = next(own for own, target in self.component.targets.items() if target == shard.entry)
-        head, gone = _change_of_prefix(own, shard.entry)
-        return shard._replace(entry=own, name=own[:gone] + shard.name[len(head) :])
-
-
-def _change_of_prefix(own: str, target: str) -> tuple[str, int]:
-    """How a name becomes its target: what is put before it, after so many characters were taken away."""
-    kept = next(n for n in range(len(own), 0, -1) if target.endswith(own[-n:]))
-    return target[: len(target) - kept], len(own) - kept
-
-
-class MimoAudit(NamedTuple):
-    """What an audit found to be covered, each element once.
-
-    Attributes:
-        components: per component, tensors of HF and Megatron and their elements.
-        carried: HF tensors that no rank holds and that checkpoints carry along.
-        ignored: HF tensors left out, by name.
-    """
-
-    components: dict[str, Audit]
-    carried: int
-    ignored: tuple[str, ...]
-
-    @property
-    def hf_tensors(self) -> int:
-        """HF tensors that some rank holds a part of."""
-        return sum(audit.hf_tensors for audit in self.components.values())
+        return shard._replace(entry=own, name=fill(own, shard.layer, shard.expert))
 
 
 class MimoPlan(Plan):
@@ -153,6 +127,14 @@ class MimoPlan(Plan):
                 forms=own,
                 **same,
             )
+            if not plan.entries:
+                raise ConfigError(
+                    "a component would hold no tensor",
+                    where=f"component {name}",
+                    expected="tensors for each component",
+                    got=f"ignore={', '.join(ignore)}",
+                    fix="convert the language model alone with bridge-core",
+                )
             self.components[name] = ComponentPlan(part, layouts[name], plan)
         super().__init__(
             components.mapped,
@@ -223,45 +205,47 @@ class MimoPlan(Plan):
             prod(shape) * dtype_of(self.dtypes.get(name, self.dtype)).itemsize for name, shape in self.carried.items()
         )
 
-    def mimo_audit(self, inventory: Mapping[str, Shape] | None = None) -> MimoAudit:
-        """Prove that every HF element is held by one component or carried, and every Megatron element is filled once.
+    def audit(self, inventory: Mapping[str, Shape] | None = None) -> Audit:
+        """Prove that the plan covers every element of both sides exactly once, on every component's ranks.
 
         Args:
-            inventory: shapes of the tensors that an HF checkpoint really has; carried ones have to be there too.
+            inventory: shapes of the tensors that an HF checkpoint really has; what is carried has to be among them.
+
+        Returns:
+            What is held by some rank. Tensors that are carried count nowhere; see `carried`.
 
         Raises:
-            CoverageError: names the first tensors that are missing, unexpected, misshapen, or not covered
-                exactly once.
+            CoverageError: names the first tensors that are missing, unexpected, misshapen, held by no component or by
+                several, or not covered exactly once, on either side.
         """
-        whole = self.audit(inventory)
-        found = {name: part.plan.audit() for name, part in self.components.items()}
-        held = [name for part in self.components.values() for name in part.plan.hf_tensors]
-        if sorted(held) != sorted(self.hf_tensors):
-            wrong = sorted({*held} ^ {*self.hf_tensors}) or sorted({name for name in held if held.count(name) > 1})
-            raise CoverageError("components do not share the model's tensors", where=preview(wrong), got=len(held))
-        ignored = tuple(name for name in whole.ignored if name not in self.carried)
-        return MimoAudit(found, len(self.carried), ignored)
-
-    def audit(self, inventory: Mapping[str, Shape] | None = None) -> Audit:
-        """Core's audit of the whole model; the carried tensors of an inventory are among the ignored, and checked."""
         if inventory is not None:
-            if missing := [name for name in self.carried if name not in inventory]:
-                raise CoverageError(
-                    "the HF checkpoint lacks prediction layers that its configuration announces",
-                    where=preview(missing),
-                    expected=f"{len(self.carried)} tensors to carry",
-                    got=f"{len(missing)} of them missing",
-                    fix="leave them out with ignore=['mtp.*']",
-                )
-            wrong = [name for name, shape in self.carried.items() if tuple(inventory[name]) != tuple(shape)]
-            if wrong:
-                raise CoverageError(
-                    f"{len(wrong)} carried tensor(s) have another shape than config.json says",
-                    where=preview(wrong),
-                    expected=self.carried[wrong[0]],
-                    got=tuple(inventory[wrong[0]]),
-                )
-        return super().audit(inventory)
+            self._check_carried(inventory)
+        found = super().audit(inventory)
+        for part in self.components.values():
+            part.plan.audit()
+        held = [name for part in self.components.values() for name in part.plan.hf_tensors]
+        if len(held) != len(self.hf_tensors) or set(held) != self.hf_tensors.keys():
+            wrong = sorted({*held} ^ {*self.hf_tensors}) or sorted({name for name in held if held.count(name) > 1})
+            raise CoverageError(
+                "the components do not share the model's tensors, each to one",
+                where=preview(wrong),
+                expected=f"{len(self.hf_tensors)} HF tensors",
+                got=f"{len(held)} in all components together",
+                fix="correct the routes of the components",
+            )
+        return found._replace(ignored=tuple(name for name in found.ignored if name not in self.carried))
+
+    def _check_carried(self, inventory: Mapping[str, Shape]) -> None:
+        missing = [name for name in self.carried if name not in inventory]
+        wrong = [n for n, shape in self.carried.items() if n in inventory and tuple(inventory[n]) != tuple(shape)]
+        if missing or wrong:
+            raise CoverageError(
+                "the HF checkpoint does not hold the prediction layers that its configuration announces",
+                where=preview([*missing, *wrong]),
+                expected=f"{len(self.carried)} tensors to carry",
+                got=f"{len(missing)} missing, {len(wrong)} of another shape",
+                fix="check that no shard file is missing, or leave them out with ignore=['mtp.*']",
+            )
 
     def to_dict(self, rank: int | None = None) -> dict[str, Any]:
         """The plan as JSON values: components, what every rank holds, what is carried; or the pieces of one rank."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -31,9 +31,12 @@ from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, expor
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer
+from bridge_core.checkpoint.variant import PLAIN, Variant
 from bridge_core.checkpoint.wiring import (
+    cast_to,
     check_wanted,
     create_files,
+    elsewhere,
     export_jobs,
     import_jobs,
     lay_out_megatron,
@@ -42,7 +45,7 @@ from bridge_core.checkpoint.wiring import (
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError
-from bridge_core.families import Family, Fields, family_for
+from bridge_core.families import family_for
 from bridge_core.patterns import match
 from bridge_core.plan import Plan
 from bridge_core.topology import ParallelLayout
@@ -99,23 +102,6 @@ class Options:
         if self.threads < 1:
             raise ConfigError("threads must be at least 1", where="threads", expected=">= 1", got=self.threads)
         check_wanted(self.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A model whose Megatron side is arranged otherwise than its family has it: as a part of a larger one, say.
-
-    Attributes:
-        family: from the family and the Megatron fields of a model to the family under whose names its weights lie in
-            Megatron checkpoints (`plan.scoped`).
-        sections: what run_config.yaml is to say of it, by section.
-    """
-
-    family: Callable[[Family, Fields], Family]
-    sections: Mapping[str, Any] = field(default_factory=dict)
-
-
-PLAIN = Variant(family=lambda family, fields: family)
 
 
 def import_ckpt(
@@ -190,12 +176,13 @@ def export_ckpt(
         output = _free_place(Path(hf_path), [Path(folder) for folder in (megatron_path, source) if folder], options)
         like = open_hf(source) if source is not None else None
         given = like.config if like else _as_config(hf_config)
-        checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
-        checkpoint = replace(checkpoint, family=variant.family(checkpoint.family, checkpoint.fields))
-        ready = export_plan(
-            checkpoint, inventory=like.shapes if like else None, ignore=ignore, **codec_options(fp8, like)
-        )
-        return _plan_export(checkpoint, ready, output, like, max_shard_size, options)
+        checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options, variant=variant)
+        planned = partial(export_plan, checkpoint, inventory=like.shapes if like else None, **codec_options(fp8, like))
+        ready = planned(ignore=ignore)
+        absent = elsewhere(ready, checkpoint, variant.from_source, like)
+        rows = [tensor.name for entry in ready.entries if entry.name in absent for tensor in entry.hf]
+        held = planned(ignore=(*ignore, *rows)) if absent else ready
+        return _plan_export(checkpoint, ready, held, output, like, max_shard_size, options)
 
     return _write(jointly(options.workers, plan), Path(hf_path), options, on_total)
 
@@ -273,7 +260,7 @@ def _plan_import(
     fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
     stored = {name: tensor.dtype for name, tensor in source.tensors.items()}
     plan = Plan(
-        variant.family(family, fields),
+        variant.family(family, fields, None),
         fields,
         ParallelLayout(),
         dtypes=stored,
@@ -287,7 +274,7 @@ def _plan_import(
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     main = _main_dtype(layout, dtypes)
     run_config = write_run_config(
-        fields, family, source.config, main, ignore=ignore, forms=plan.forms, sections=variant.sections
+        fields, family, source.config, main, ignore=ignore, forms=plan.forms, sections=variant.sections(family, fields)
     )
     carried = carried_files(source)
     return _Conversion(
@@ -346,13 +333,17 @@ def _fill_import(
 def _plan_export(
     checkpoint: MegatronFolder,
     plan: Plan,
+    held: Plan,
     output: Path,
     like: HfFolder | None,
     max_shard_size: int,
     options: Options,
 ) -> _Conversion:
-    wired = megatron_entries(plan, checkpoint)
-    dtypes = wired.hf_dtypes(options.dtype)
+    """`held` is the plan of what the checkpoint holds; the rest of `plan` comes from the folder to be `like`."""
+    wired = megatron_entries(held, checkpoint)
+    names = plan.hf_tensors.keys() - held.hf_tensors.keys()
+    others = {name: like.tensors[name] for name in names} if like else {}
+    dtypes = wired.hf_dtypes(options.dtype) | {n: cast_to(t.dtype, options.dtype) for n, t in others.items()}
     if like:
         layout = lay_out_like(like, plan, dtypes)
         base, carried = like.path, carried_files(like)
@@ -363,7 +354,7 @@ def _plan_export(
     given = like.config if like else checkpoint.hf_config
     config = plan.family.consistent(given, plan.fields) if given else plan.family.to_hf(plan.fields)
     # Looks at the head of every item: a corrupt one is found before anything is written.
-    jobs = export_jobs(plan, wired, layout, partial_path(output), dtype=options.dtype)
+    jobs = export_jobs(plan, wired, layout, partial_path(output), dtype=options.dtype, others=others)
     mine = share(jobs, options.workers.rank, options.workers.size)
     return _Conversion(
         output=output,

@@ -10,6 +10,7 @@ from typing import Any
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
 from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
+from bridge_core.checkpoint.variant import PLAIN, Variant
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
@@ -101,7 +102,11 @@ def _latest(path: Path) -> Path:
 
 
 def open_megatron(
-    path: str | Path, *, hf_config: Mapping[str, Any] | None = None, ignore_options: Sequence[str] = ()
+    path: str | Path,
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+    ignore_options: Sequence[str] = (),
+    variant: Variant = PLAIN,
 ) -> MegatronFolder:
     """Read the metadata and configuration of a torch_dist checkpoint.
 
@@ -109,6 +114,7 @@ def open_megatron(
         path: a run's folder, or that of one iteration.
         hf_config: config.json of the model, where the checkpoint does not say enough; must not contradict it.
         ignore_options: options of `hf_config` that the family does not know and that do not matter.
+        variant: how its tensors are arranged.
 
     Raises:
         CheckpointError: the folder is incomplete or corrupt.
@@ -117,7 +123,8 @@ def open_megatron(
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
     model = model_of(dcp, hf_config, ignore_options=ignore_options)
-    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config, model.ignore, model.forms)
+    family = variant.family(model.family, model.fields, folder)
+    return MegatronFolder(folder, dcp, model.fields, family, model.hf_config, model.ignore, model.forms)
 
 
 def export_plan(

@@ -25,6 +25,7 @@ from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
+from bridge_core.checkpoint.variant import PLAIN, Variant
 from bridge_core.checkpoint.wiring import export_jobs, megatron_entries
 from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
@@ -132,6 +133,7 @@ def verify(
     threads: int = 2,
     progress: Progress | None = None,
     on_total: Callable[[int], None] | None = None,
+    variant: Variant = PLAIN,
 ) -> Comparison:
     """Compare the tensors of two checkpoint folders: names, shapes, dtypes, and every byte.
 
@@ -147,12 +149,13 @@ def verify(
         threads: tensors compared at a time.
         progress: called with numbers of bytes compared (those of one side), from any thread.
         on_total: called once with the number of bytes to compare, before the first is.
+        variant: how the tensors of Megatron folders are arranged.
 
     Raises:
         BridgeError: a folder cannot be read, or no tensor matches `names`. That the two differ raises
             nothing: see `Comparison`.
     """
-    first, second = _open_both(Path(a), Path(b))
+    first, second = _open_both(Path(a), Path(b), variant)
     wanted_a, wanted_b = (_wanted(side.tensors, names) for side in (first, second))
     if not wanted_a and not wanted_b:
         raise _nothing_to_compare(f"{a}, {b}", names, first)
@@ -189,14 +192,14 @@ class _Side:
     ignored: Mapping[str, str] = field(default_factory=dict)
 
 
-def _open_both(a: Path, b: Path) -> tuple[_Side, _Side]:
+def _open_both(a: Path, b: Path, variant: Variant) -> tuple[_Side, _Side]:
     kinds = {path: kind_of(path) for path in (a, b)}
     configs = [read_config(path) for path in (a, b) if kinds[path] == "hf"]
     config = configs[0] if configs else None
     # Two quantised folders are compared as they are stored, and one with any other as it is read.
     as_stored = len(configs) == 2 and all(codec_of(config) for config in configs)
     first, second = (
-        _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config) for path in (a, b)
+        _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config, variant) for path in (a, b)
     )
     return first, second
 
@@ -220,8 +223,8 @@ def _hf_side(path: Path, as_stored: bool) -> _Side:
     return _Side("hf", {name: (t.dtype, t.shape) for name, t in tensors.items()}, jobs, ignored)
 
 
-def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None) -> _Side:
-    checkpoint = _open_megatron(path, hf_config)
+def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None, variant: Variant) -> _Side:
+    checkpoint = _open_megatron(path, hf_config, variant)
     plan = export_plan(checkpoint)
     wired = megatron_entries(plan, checkpoint)
     dtypes = wired.hf_dtypes(None)
@@ -237,17 +240,17 @@ def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None) -> _Side:
     return _Side("megatron", tensors, jobs, {**plan.family.ignored, **repeated})
 
 
-def _open_megatron(path: Path, hf_config: Mapping[str, Any] | None) -> MegatronFolder:
+def _open_megatron(path: Path, hf_config: Mapping[str, Any] | None, variant: Variant) -> MegatronFolder:
     """A checkpoint by its own configuration if that is an HF one or all there is, else by the other side's."""
     try:
-        checkpoint = open_megatron(path)
+        checkpoint = open_megatron(path, variant=variant)
     except ConfigError:
         if hf_config is None:
             raise
     else:
         if checkpoint.hf_config or hf_config is None:
             return checkpoint
-    return open_megatron(path, hf_config=hf_config)
+    return open_megatron(path, hf_config=hf_config, variant=variant)
 
 
 def _wanted(tensors: Mapping[str, object], names: Sequence[str]) -> dict[str, None]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -39,8 +40,8 @@ from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import CheckpointError, ConfigError
-from bridge_core.geometry import Box, Piece, Shape, restrict
+from bridge_core.errors import CheckpointError, ConfigError, CoverageError, preview
+from bridge_core.geometry import Box, Piece, Shape, View, restrict, row_major
 from bridge_core.patterns import fill
 from bridge_core.plan import Entry, Plan, compile_entries
 
@@ -265,17 +266,73 @@ def without_aliases(entries: tuple[Entry, ...], tensors: Mapping[str, DcpTensor]
     return found
 
 
-def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path, *, dtype: str | None = None) -> list[Job]:
+def elsewhere(
+    plan: Plan, checkpoint: MegatronFolder, patterns: Sequence[str], source: HfFolder | None
+) -> frozenset[str]:
+    """Names of the entries that an export takes from its source: no tensor of theirs is in the checkpoint.
+
+    Args:
+        plan: of the export.
+        checkpoint: the Megatron folder.
+        patterns: patterns (as in a shell) of the HF names for which that is allowed.
+        source: the HF folder to take them from.
+
+    Raises:
+        CoverageError: there are such entries, and no source that holds them.
+    """
+    names = {
+        name for e in plan.entries for name in (t.name for t in e.hf) if any(fnmatchcase(name, p) for p in patterns)
+    }
+    absent = [e for e in plan.entries if all(t.name in names for t in e.hf) and not _is_held(e, checkpoint)]
+    wanted = [name for entry in absent for name, _ in entry.hf_names()]
+    if missing := [name for name in wanted if source is None or name not in source.tensors]:
+        raise CoverageError(
+            "the Megatron checkpoint does not hold tensors that belong to the model",
+            where=preview(missing),
+            expected="these, or an HF folder to take them from",
+            got="no such folder" if source is None else f"{source.path} without them",
+            fix="pass the HF folder that the model came from as `source` (--source), or leave them out with "
+            f"ignore={list(patterns)!r} (--ignore)",
+        )
+    return frozenset(entry.name for entry in absent)
+
+
+def _is_held(entry: Entry, checkpoint: MegatronFolder) -> bool:
+    """Whether a checkpoint has a tensor of an entry, in any form."""
+    weights = checkpoint.weights()
+    return any(
+        place.key in weights
+        for form in Form
+        for layer, expert in entry.instances()
+        for place in places(entry, form, layer, expert)
+    )
+
+
+def export_jobs(
+    plan: Plan,
+    wired: Wired,
+    layout: HfLayout,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    others: Mapping[str, Stored] | None = None,
+) -> list[Job]:
     """One job per HF tensor, in the order of the files and of bytes within them; scales are their weights' jobs'.
 
-    `dtype` is the one asked for: what a weight is cast to before it is quantised.
+    Args:
+        plan: of the export.
+        wired: what the checkpoint holds of it.
+        layout: of the files to be written.
+        folder: where these files are.
+        dtype: the one asked for: what a weight is cast to before it is quantised.
+        others: where the HF tensors lie that the checkpoint does not hold.
     """
     parts: dict[str, list[tuple[Stored, Piece]]] = defaultdict(list)
     shifts: dict[str, float] = {}
     cuts = _Cuts()
     with ExitStack() as stack:
         stored = _Chunks(wired, stack)
-        for entry in plan.entries:
+        for entry in wired.plan.entries:
             for layer, expert in entry.instances():
                 for place in places(entry, wired.forms[entry.block], layer, expert):
                     for chunk in wired.chunks(place):
@@ -288,6 +345,10 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path, *, dty
                             parts[back.target.tensor].append((item, back))
                             if entry.shift:
                                 shifts[back.target.tensor] = -entry.shift
+    others = others or {}
+    for name, tensor in others.items():
+        view = View(name, 0, row_major(tensor.shape))
+        parts[name] = [(tensor, Piece(tensor.shape, view, view))]
     for name, copy in plan.copies.items():
         parts[name] = parts[copy.of]  # the names in pieces are not looked at
     placed = {
@@ -297,7 +358,7 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path, *, dty
     }
     codec = plan.codec
     if codec is not None:
-        plain = wired.hf_dtypes(dtype)
+        plain = wired.hf_dtypes(dtype) | {name: cast_to(tensor.dtype, dtype) for name, tensor in others.items()}
         for name in plan.quantised:
             scales = placed.pop(codec.scale_name(name))
             placed[name] = placed[name]._replace(dtype=plain[name], encoded=Encoded(codec, scales))

@@ -243,7 +243,9 @@ class Plan:
         """Global numbers of the layers for which a stage holds an entry; `(0,)` for one without layers."""
         if entry.block != DECODER_LAYERS:
             held = self.family.holds
-            return entry.layers if (held(entry.name, stage) if held else holds(entry.name, stage, tied=self._tied)) else ()
+            return (
+                entry.layers if (held(entry.name, stage) if held else holds(entry.name, stage, tied=self._tied)) else ()
+            )
         if len(entry.layers) == entry.depth:
             return stage.decoder_layers
         wanted = set(entry.layers)

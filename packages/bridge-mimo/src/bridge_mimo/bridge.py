@@ -1,0 +1,177 @@
+"""`MegatronMIMOBridge`: `AutoBridge` for models whose components each have their own layout and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from bridge_core.bridge import AutoBridge
+from bridge_core.errors import LayoutError
+from bridge_core.families import all_families
+from bridge_core.topology import ParallelLayout
+from bridge_mimo.components import Components, MIMOComponent, has_components
+from bridge_mimo.layout import ComponentLayout, Layouts, auto_fill_layout
+from bridge_mimo.plan import MimoPlan, check_component_names
+
+if TYPE_CHECKING:
+    from bridge_core.checkpoint.convert import Report
+
+
+class MegatronMIMOBridge(AutoBridge):
+    """A multimodal model's way between Hugging Face and megatron-core's `MimoModel`.
+
+    Make one with `from_hf_pretrained` (a folder) or `from_hf_config` (a configuration alone).
+
+    Attributes:
+        layouts: layout by component, filled in; by default one rank for each.
+        world_size: ranks of the run.
+        colocated: whether all components are on the same ranks.
+    """
+
+    layouts: dict[str, ComponentLayout]
+    world_size: int
+    colocated: bool
+
+    @classmethod
+    def from_hf_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        ignore: Sequence[str] = (),
+        ignore_options: Sequence[str] = (),
+        parallelism: Layouts | None = None,
+        world_size: int | None = None,
+        colocated: bool = False,
+    ) -> Self:
+        """A bridge for the model in an HF folder. Only config.json is read here, and at need the names of tensors.
+
+        Args:
+            path, ignore, ignore_options: as for `AutoBridge`.
+            parallelism: layout by component: `{"language": ComponentLayout(tp=4), "images": ComponentLayout(tp=2)}`.
+            world_size, colocated: as for `auto_fill_layout`.
+
+        Raises:
+            CheckpointError: there is no such folder, or it has no config.json.
+            ConfigError: the architecture or an option of it is not known, or the model has other components.
+            LayoutError: the layouts do not fit the ranks, or each other.
+        """
+        found = super().from_hf_pretrained(path, ignore=ignore, ignore_options=ignore_options)
+        return found.with_parallelism(parallelism, world_size=world_size, colocated=colocated)
+
+    @classmethod
+    def from_hf_config(
+        cls,
+        config: Any,
+        *,
+        ignore: Sequence[str] = (),
+        ignore_options: Sequence[str] = (),
+        parallelism: Layouts | None = None,
+        world_size: int | None = None,
+        colocated: bool = False,
+    ) -> Self:
+        """A bridge for a configuration without weights; see `from_hf_pretrained`."""
+        found = super().from_hf_config(config, ignore=ignore, ignore_options=ignore_options)
+        return found.with_parallelism(parallelism, world_size=world_size, colocated=colocated)
+
+    def with_parallelism(
+        self, parallelism: Layouts | None = None, *, world_size: int | None = None, colocated: bool = False
+    ) -> Self:
+        """The same bridge for other layouts; this one stays as it is. The arguments are those of `from_hf_pretrained`."""
+        if parallelism is None:
+            parallelism = {name: ComponentLayout() for name in self.components.names}
+        check_component_names(self.components, parallelism)
+        found = copy(self)
+        found.layouts = auto_fill_layout(parallelism, world_size, colocated=colocated)
+        found.world_size = max(layout.ranks.stop for layout in found.layouts.values())
+        found.colocated = colocated
+        return found
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Architectures whose components are known."""
+        return sorted({name for family in all_families() if has_components(family) for name in family.architectures})
+
+    @staticmethod
+    def supports(config: Mapping[str, Any]) -> bool:
+        """Whether the components of a configuration's architecture are known."""
+        return bool(set(config.get("architectures") or ()) & set(MegatronMIMOBridge.list_supported_models()))
+
+    @cached_property
+    def components(self) -> Components:
+        """The model's components, each as a family of its own."""
+        return Components.of(self.family, self.fields)
+
+    @property
+    def routes(self) -> tuple[MIMOComponent, ...]:
+        """Where the model's tensors lie in `MimoModel`."""
+        return self.components.routes
+
+    def plan(
+        self, layout: Layouts | ParallelLayout | None = None, *, make_vocab_size_divisible_by: int = 1
+    ) -> MimoPlan:
+        """Which part of which HF tensor every rank holds, each component in its own layout. Needs no weights.
+
+        Where the bridge was made from a folder with weights, the plan has their dtypes.
+
+        Args:
+            layout: layout by component, in place of the bridge's own.
+            make_vocab_size_divisible_by: the language model's vocabulary is padded to a multiple of this times its tp.
+
+        Raises:
+            LayoutError: a layout does not divide its component, or the layouts do not fit each other; says the numbers.
+        """
+        if isinstance(layout, ParallelLayout):
+            raise LayoutError(
+                "one layout was given for a model of several components",
+                where="layout",
+                expected=f"a ComponentLayout for each of {', '.join(self.components.names)}",
+                got=layout,
+                fix="pass them by name, or use AutoBridge for a model in one layout",
+            )
+        if layout is not None:
+            return self.with_parallelism(layout, colocated=self.colocated).plan(
+                make_vocab_size_divisible_by=make_vocab_size_divisible_by
+            )
+        return MimoPlan(
+            self.components,
+            self.layouts,
+            colocated=self.colocated,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            **self._plan_options(),
+        )
+
+    @staticmethod
+    def import_ckpt(hf_path: str | Path, megatron_path: str | Path, **options: Any) -> Report:
+        """Convert an HF folder to a MIMO torch_dist folder, offline. See `checkpoint.convert.import_ckpt`.
+
+        Keyword options are those of `AutoBridge.import_ckpt`, `ignore`, `parallelism`, `world_size` and `colocated`.
+        """
+        from bridge_mimo.checkpoint.convert import import_ckpt
+
+        run, rest = _split(options)
+        return import_ckpt(hf_path, megatron_path, options=run, **rest)
+
+    def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Report:
+        """Convert a MIMO torch_dist folder to an HF folder, offline. See `checkpoint.convert.export_ckpt`.
+
+        The bridge's own folder, if it holds weights, gives the file layout, config.json and other files.
+        """
+        from bridge_mimo.checkpoint.stored import mimo_variant
+
+        return super().export_ckpt(megatron_path, hf_path, variant=mimo_variant(), **options)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {layout}" for name, layout in self.layouts.items())
+        return f"MegatronMIMOBridge({self.family.name}, {self.path or 'configuration only'}, {parts})"
+
+
+def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The options of the run, and those of the one direction."""
+    from bridge_core.checkpoint.convert import Options
+
+    names = Options.__dataclass_fields__
+    run = {name: value for name, value in options.items() if name in names}
+    return Options(**run), {name: value for name, value in options.items() if name not in names}

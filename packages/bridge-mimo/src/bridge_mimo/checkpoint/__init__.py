@@ -1,0 +1,1 @@
+"""Checkpoints of multimodal models: torch_dist folders with the names of `MimoModel`."""
