@@ -98,7 +98,9 @@ def test_tower_equals_transformers(rank_pool, reference, layout):
         assert not held[rank] & set(found)  # a stage holds what no other does
         held[rank] |= set(found)
         for name, gradient in found.items():
-            torch.testing.assert_close(gradient, gradients[rank][name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                gradient, gradients[rank][name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
         keys |= shapes
     assert sum(output is not None for output, *_ in results) == tp
     assert held == [set(share) for share in gradients]  # and all together what the plan has

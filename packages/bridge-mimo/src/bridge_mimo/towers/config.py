@@ -77,6 +77,14 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
 
+def activation_function(name: str) -> Any:
+    """A function that mcore's layers take as `activation_func`: "gelu" (exact), "gelu_tanh" or "quick_gelu"."""
+    from megatron.core.activations import quick_gelu
+    from torch.nn.functional import gelu
+
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}[name]
+
+
 def tower_config(fields: Fields, settings: Mapping[str, Any], spec: Spec) -> TransformerConfig:
     """mcore's configuration of the layers of a Qwen tower.
 

@@ -213,7 +213,9 @@ class QwenVisionTower(VisionModule):
             positions = (F.embedding(rows.to(table.device), table) * weights.to(table.device)[:, :, None]).sum(1)
             embedded = self.patch_embed(given.to(table.device))
             return (embedded + positions.to(embedded.dtype)).unsqueeze(1), []
-        beside = given[..., width:].split(self.sizes.out // self.sizes.merge**2, dim=-1) if width < given.shape[-1] else ()
+        beside = (
+            given[..., width:].split(self.sizes.out // self.sizes.merge**2, dim=-1) if width < given.shape[-1] else ()
+        )
         return given[..., :width].contiguous(), [part.reshape(-1, self.sizes.out) for part in beside]
 
     def sharded_state_dict(
