@@ -9,7 +9,6 @@ from bridge_core.errors import ConfigError, LayoutError
 from bridge_core.families import Fields
 from bridge_core.runtime.layer_specs import Spec
 from bridge_core.runtime.provider import default_spec
-
 from bridge_mimo.towers.config import activation_function, tower_config, tower_sizes, transformer_config
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.errors import ConfigError, LayoutError
-from bridge_core.runtime.layer_specs import Spec
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel  # noqa: TID253 - base class
 from torch import Tensor
 
+from bridge_core.errors import ConfigError, LayoutError
+from bridge_core.runtime.layer_specs import Spec
 from bridge_mimo.towers.config import check_groups
 from bridge_mimo.towers.specs import layer_spec, spec_provider
 

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from bridge_core.errors import ConfigError, LayoutError
 from megatron.core.models.mimo.model.base import MimoModel  # noqa: TID253 - base class
 from torch import Tensor
+
+from bridge_core.errors import ConfigError, LayoutError
 
 
 class DeepstackMimoModel(MimoModel):

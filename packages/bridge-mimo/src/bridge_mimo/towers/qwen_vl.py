@@ -22,8 +22,6 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bridge_core.errors import ConfigError, LayoutError
-from bridge_core.runtime.layer_specs import Spec
 from megatron.core.models.common.vision_module.vision_module import VisionModule  # noqa: TID253 - base class
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: TID253 - as above
 from megatron.core.transformer.mlp import MLP  # noqa: TID253 - base class
@@ -32,6 +30,8 @@ from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from bridge_core.errors import ConfigError, LayoutError
+from bridge_core.runtime.layer_specs import Spec
 from bridge_mimo.towers.config import TowerSizes, check_groups
 from bridge_mimo.towers.grids import Patches, interpolation, place_patches, rotary_angles
 from bridge_mimo.towers.specs import layer_spec, mlp_submodules, spec_provider
@@ -248,8 +248,8 @@ def _packed(patches: Patches, device: Any) -> PackedSeqParams:
     )
 
 
-def _beside(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors, dim=-1) if len(tensors) > 1 else tensors[0]
+def _beside(first: Tensor, *others: Tensor) -> Tensor:
+    return torch.cat((first, *others), dim=-1) if others else first
 
 
 def _check_deepstack(sizes: TowerSizes, *, alone: bool) -> None:
