@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -42,7 +42,7 @@ from bridge_core.checkpoint.wiring import (
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError
-from bridge_core.families import family_for
+from bridge_core.families import Family, Fields, family_for
 from bridge_core.patterns import match
 from bridge_core.plan import Plan
 from bridge_core.topology import ParallelLayout
@@ -101,6 +101,23 @@ class Options:
         check_wanted(self.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model whose Megatron side is arranged otherwise than its family has it: as a part of a larger one, say.
+
+    Attributes:
+        family: from the family and the Megatron fields of a model to the family under whose names its weights lie in
+            Megatron checkpoints (`plan.scoped`).
+        sections: what run_config.yaml is to say of it, by section.
+    """
+
+    family: Callable[[Family, Fields], Family]
+    sections: Mapping[str, Any] = field(default_factory=dict)
+
+
+PLAIN = Variant(family=lambda family, fields: family)
+
+
 def import_ckpt(
     hf_path: str | Path,
     megatron_path: str | Path,
@@ -109,6 +126,7 @@ def import_ckpt(
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
+    variant: Variant = PLAIN,
 ) -> Report:
     """Convert an HF safetensors folder to a Megatron torch_dist folder, loadable at any layout.
 
@@ -121,11 +139,12 @@ def import_ckpt(
         ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         ignore_options: options of config.json to leave out of account although the family does not know them.
         on_total: called once with the number of bytes to be written, before the first is.
+        variant: how the Megatron side is arranged.
 
     Raises:
         BridgeError: bad input (nothing was written) or a failed write (nothing looks finished); on all workers.
     """
-    plan = partial(_plan_import, Path(hf_path), Path(megatron_path), options, ignore, ignore_options)
+    plan = partial(_plan_import, Path(hf_path), Path(megatron_path), options, ignore, ignore_options, variant)
     return _write(jointly(options.workers, plan), Path(megatron_path), options, on_total)
 
 
@@ -141,6 +160,7 @@ def export_ckpt(
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
+    variant: Variant = PLAIN,
 ) -> Report:
     """Convert a Megatron torch_dist folder, saved at any layout by anyone, to an HF safetensors folder.
 
@@ -160,6 +180,7 @@ def export_ckpt(
         ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         ignore_options: options of config.json that the family does not know and that do not matter.
         on_total: called once with the number of bytes to be written, before the first is.
+        variant: how the Megatron side is arranged.
 
     Raises:
         BridgeError: bad input (nothing was written) or a failed write (nothing looks finished); on all workers.
@@ -170,6 +191,7 @@ def export_ckpt(
         like = open_hf(source) if source is not None else None
         given = like.config if like else _as_config(hf_config)
         checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
+        checkpoint = replace(checkpoint, family=variant.family(checkpoint.family, checkpoint.fields))
         ready = export_plan(
             checkpoint, inventory=like.shapes if like else None, ignore=ignore, **codec_options(fp8, like)
         )
@@ -238,7 +260,12 @@ def _free_place(path: Path, sources: Sequence[Path], options: Options) -> Path:
 
 
 def _plan_import(
-    hf_path: Path, megatron_path: Path, options: Options, ignore: Sequence[str], ignore_options: Sequence[str]
+    hf_path: Path,
+    megatron_path: Path,
+    options: Options,
+    ignore: Sequence[str],
+    ignore_options: Sequence[str],
+    variant: Variant,
 ) -> _Conversion:
     source = open_hf(hf_path)
     output = _free_place(megatron_path, [source.path], options)
@@ -246,7 +273,7 @@ def _plan_import(
     fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
     stored = {name: tensor.dtype for name, tensor in source.tensors.items()}
     plan = Plan(
-        family,
+        variant.family(family, fields),
         fields,
         ParallelLayout(),
         dtypes=stored,
@@ -259,7 +286,9 @@ def _plan_import(
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     main = _main_dtype(layout, dtypes)
-    run_config = write_run_config(fields, family, source.config, main, ignore=ignore, forms=plan.forms)
+    run_config = write_run_config(
+        fields, family, source.config, main, ignore=ignore, forms=plan.forms, sections=variant.sections
+    )
     carried = carried_files(source)
     return _Conversion(
         output=output,

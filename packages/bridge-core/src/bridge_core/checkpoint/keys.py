@@ -21,7 +21,7 @@ from typing import NamedTuple
 from bridge_core.geometry import Box, Shape
 from bridge_core.patterns import fill
 from bridge_core.plan import Entry
-from bridge_core.plan.placement import DECODER_LAYERS
+from bridge_core.plan.placement import DECODER_LAYERS, HYBRID_FINAL_NORM
 
 
 class Form(Enum):
@@ -76,10 +76,11 @@ def written_forms(entries: Collection[Entry]) -> Forms:
     A `HybridModel`, which its final norm tells from a `GPTModel`, never stacks its layers
     (0.19.2, models/hybrid/hybrid_block.py, `HybridStack.sharded_state_dict`).
     """
-    hybrid = any(entry.name == "decoder.final_norm.weight" for entry in entries)
+    norms = [entry.name for entry in entries if f".{entry.name}".endswith(f".{HYBRID_FINAL_NORM}")]
+    hybrid = {name.removesuffix(HYBRID_FINAL_NORM) + DECODER_LAYERS for name in norms}
     return {
         block: Form.PER_LAYER
-        if (hybrid and block == DECODER_LAYERS) or any(len(entry.layers) < entry.depth for entry in members)
+        if block in hybrid or any(len(entry.layers) < entry.depth for entry in members)
         else Form.STACKED
         for block, members in by_block(entries).items()
     }

@@ -15,6 +15,7 @@ from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Entry, Plan
+from bridge_core.plan.placement import EMBEDDING
 from bridge_core.topology import ParallelLayout
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -135,7 +136,7 @@ def export_plan(
         ignore: further patterns of HF names to leave out.
         codec, quantised: as for a `Plan`.
     """
-    stored = checkpoint.dcp.tensors.get("embedding.word_embeddings.weight")
+    stored = next((t for key, t in checkpoint.dcp.tensors.items() if f".{key}".endswith(f".{EMBEDDING}")), None)
     ignore = tuple(dict.fromkeys((*checkpoint.ignore, *ignore)))
     return Plan(
         checkpoint.family,

@@ -59,6 +59,7 @@ def write_run_config(
     *,
     ignore: Sequence[str] = (),
     forms: Mapping[str, int] | None = None,
+    sections: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of run_config.yaml for an imported checkpoint. JSON is YAML: no library is needed to write it.
 
@@ -67,6 +68,7 @@ def write_run_config(
         dtype: its safetensors dtype.
         ignore: patterns of the HF names that were left out.
         forms: which HF forms its rows had (`Plan.forms`).
+        sections: further sections of the file.
     """
     target = _HYBRID_PROVIDER if fields.get("hybrid_layer_pattern") else _PROVIDER
     model: dict[str, Any] = {"_target_": target, **fields}
@@ -75,9 +77,8 @@ def write_run_config(
     model["bf16"], model["fp16"] = dtype == "BF16", dtype == "F16"
     section = {"family": family.name, "dtype": dtype, "megatron": fields, "hf_config": hf_config}
     section |= {"ignore": list(ignore), "forms": dict(forms or {})}
-    return json.dumps(
-        {"model": model, "checkpoint": {"save_optim": False, "save_rng": False}, SECTION: section}, indent=2
-    )
+    saved = {"save_optim": False, "save_rng": False}
+    return json.dumps({"model": model, "checkpoint": saved, SECTION: section, **(sections or {})}, indent=2)
 
 
 def _object(target: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The model families, found by the architecture that config.json names.
 
 To add one in this package: write `families/<name>.py` and add a line to `_BUILT_IN`. To add one
-without touching it: expose a `Family` through an entry point of group `bridge_core.families`.
+without touching it: expose a `Family` through an entry point of group `bridge_core.families`, or
+call `register_family` in every process that is to know it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from bridge_core.errors import ConfigError, preview
-from bridge_core.families.family import Config, Copy, Family, Field, Fields, Section, Table
+from bridge_core.families.family import Config, Copy, Family, Field, Fields, Section, Table, Tower
 
 __all__ = [
     "Config",
@@ -22,10 +23,12 @@ __all__ = [
     "Fields",
     "Section",
     "Table",
+    "Tower",
     "all_families",
     "family_for",
     "family_named",
     "recognise",
+    "register_family",
 ]
 
 ENTRY_POINTS = "bridge_core.families"
@@ -52,15 +55,32 @@ def _load(name: str) -> Family:
     return import_module(f"bridge_core.families.{name}").FAMILY
 
 
-@cache
+_REGISTERED: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known to this process, in place of one that has its name; returns it.
+
+    Raises:
+        ConfigError: it is not a `Family`.
+    """
+    _REGISTERED[_checked("register_family", family).name] = family
+    return family
+
+
 def _third_party() -> tuple[Family, ...]:
+    return (*_REGISTERED.values(), *_from_entry_points())
+
+
+@cache
+def _from_entry_points() -> tuple[Family, ...]:
     return tuple(_checked(point.name, point.load()) for point in entry_points(group=ENTRY_POINTS))
 
 
 def _checked(name: str, family: Any) -> Family:
     if not isinstance(family, Family):
         raise ConfigError(
-            "an entry point does not give a model family",
+            "what was registered is no model family",
             where=f"{ENTRY_POINTS}: {name}",
             expected="an instance of bridge_core.families.Family",
             got=type(family).__name__,
@@ -70,7 +90,7 @@ def _checked(name: str, family: Any) -> Family:
 
 
 def all_families() -> tuple[Family, ...]:
-    """Every known family: those of this package, then those that entry points bring."""
+    """Every known family: those of this package, then those that were registered or that entry points bring."""
     built_in = tuple(_load(name) for name in dict.fromkeys(_BUILT_IN.values()))
     return built_in + _third_party()
 

@@ -8,12 +8,15 @@ megatron-core's `TransformerBlock`; the rest has the names of its HF modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError
 from bridge_core.families._parts import DECODER_FIELDS, on_layers
-from bridge_core.families.family import Config, Copy, Field, Fields, Section, Table
+from bridge_core.families.family import Config, Copy, Field, Fields, Section, Table, Tower
 from bridge_core.rules import Column, FusedQKV, Replicated, Row
+
+if TYPE_CHECKING:
+    from bridge_core.topology import PipelineStage
 
 LAYER = "vision_model.decoder.layers.{layer}"
 HF_BLOCK = "model.visual.blocks.{layer}"
@@ -89,6 +92,29 @@ def vision_dims(fields: Fields) -> Mapping[str, int]:
         "vision_out": fields["vision_out_hidden_size"],
     }
 
+
+def tower_fields(fields: Fields) -> Fields:
+    """Megatron fields of the tower's own `TransformerBlock`."""
+    heads = fields["vision_num_attention_heads"]
+    return {
+        "num_layers": fields["vision_num_layers"],
+        "hidden_size": fields["vision_hidden_size"],
+        "ffn_hidden_size": fields["vision_ffn_hidden_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "kv_channels": fields["vision_hidden_size"] // heads,
+    }
+
+
+def tower_holds(name: str, stage: PipelineStage, fields: Fields) -> bool:
+    """Patches and positions are before the first layer, the merger is after the last; deepstack's are at their layer."""
+    part, _, rest = name.partition(".")
+    if part == "deepstack_merger_list":
+        return fields["vision_deepstack_layers"][int(rest.partition(".")[0])] in stage.decoder_layers
+    return stage.post_process if part == "merger" else stage.pre_process
+
+
+IMAGES = {"images": Tower(prefix="vision_model.", key="qwen_visual", fields=tower_fields, holds=tower_holds)}
 
 _ROPE = {"rope_theta": 10000.0, "rope_type": "axial"}
 

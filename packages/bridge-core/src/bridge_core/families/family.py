@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, preview
 from bridge_core.patterns import alternatives, fill
 from bridge_core.rules import Rule
+
+if TYPE_CHECKING:
+    from bridge_core.topology import PipelineStage
 
 Config = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -99,6 +102,24 @@ class Copy(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A part of a model beside its decoder that can stand alone, on ranks of its own: an encoder of images.
+
+    Attributes:
+        prefix: what its Megatron names begin with in the family's table. Its layers are `<prefix>decoder.layers`.
+        key: what an encoder of its kind is called where a model has several.
+        fields: from the Megatron fields of the model to those of the tower's own stack of layers.
+        holds: whether a pipeline stage of the tower holds a tensor that belongs to no layer, given its name
+            without `prefix`, or with the whole name if that does not begin with it; and the fields of the model.
+    """
+
+    prefix: str
+    key: str
+    fields: Callable[[Fields], Fields]
+    holds: Callable[[str, PipelineStage, Fields], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """One part of config.json, and how its options are translated.
 
@@ -142,6 +163,9 @@ class Family(Section):
         quantised: patterns (as in a shell) of the HF names that the family's fp8 checkpoints quantise; none if
             it is not published so.
         ignored: HF tensors that are no weights: name pattern to the reason.
+        towers: parts beside the decoder that can have ranks of their own, by what they take in: `images`.
+        holds: whether a pipeline stage holds a tensor that belongs to no decoder layer, by its name; None for
+            the places that every language model has.
         unsaid_mtp: config.json does not say whether there are prediction layers; a checkpoint's names do.
         recognises: whether a model with the given Megatron fields is of this family; used to export
             a checkpoint that says nothing of its HF origin.
@@ -159,6 +183,8 @@ class Family(Section):
     copies: Callable[[Fields], Mapping[str, Copy]] = lambda fields: {}
     quantised: Sequence[str] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
+    towers: Mapping[str, Tower] = field(default_factory=dict)
+    holds: Callable[[str, PipelineStage], bool] | None = None
     unsaid_mtp: bool = False
 
     @property
@@ -215,7 +241,7 @@ class Family(Section):
             names: HF names that a checkpoint has, or None where they are not known. They count only where config.json
                 says nothing of MTP: a checkpoint that lacks what its configuration announces is refused later.
         """
-        rows = [rule.hf for name, rule in self.table(fields).items() if name.startswith("mtp.")]
+        rows = [rule.hf for name, rule in self.table(fields).items() if ".mtp." in f".{name}"]
         mtp = [name for row in rows for name in alternatives(row)]
         left_out = all(any(fnmatchcase(name, pattern) for pattern in ignore) for name in mtp)
         absent = self.unsaid_mtp and names is not None and not any(fill(name, 0) in names for name in mtp)

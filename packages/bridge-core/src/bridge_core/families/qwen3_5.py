@@ -6,6 +6,7 @@ from bridge_core.families import qwen3_5_text
 from bridge_core.families._gated_delta import inside_of, is_delta_net
 from bridge_core.families._parts import under
 from bridge_core.families._vision import (
+    IMAGES,
     MULTIMODAL,
     VISION,
     tied_language_head,
@@ -43,5 +44,6 @@ FAMILY = Family(
     table=table,
     dims=lambda fields: {**TEXT.dims(fields), **vision_dims(fields)},
     copies=tied_language_head,
+    towers=IMAGES,
     recognises=recognises,
 )

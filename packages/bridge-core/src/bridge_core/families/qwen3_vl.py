@@ -17,6 +17,7 @@ from bridge_core.families._parts import (
     write_mrope,
 )
 from bridge_core.families._vision import (
+    IMAGES,
     MULTIMODAL,
     TEXT_FIELDS,
     VISION,
@@ -55,5 +56,6 @@ FAMILY = Family(
     table=table,
     dims=vision_dims,
     copies=tied_language_head,
+    towers=IMAGES,
     recognises=recognises,
 )

@@ -19,6 +19,7 @@ from bridge_core.families._parts import (
     write_mrope,
 )
 from bridge_core.families._vision import (
+    IMAGES,
     MULTIMODAL,
     TEXT_FIELDS,
     VISION,
@@ -80,5 +81,6 @@ FAMILY = Family(
     table=table,
     dims=vision_dims,
     copies=tied_language_head,
+    towers=IMAGES,
     recognises=recognises,
 )

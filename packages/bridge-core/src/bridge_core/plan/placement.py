@@ -10,7 +10,8 @@ from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, with_pipel
 DECODER_LAYERS = "decoder.layers"
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
-FINAL_NORMS = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")  # GPTModel's, HybridModel's
+HYBRID_FINAL_NORM = "decoder.final_norm.weight"
+FINAL_NORMS = ("decoder.final_layernorm.weight", HYBRID_FINAL_NORM)  # GPTModel's, HybridModel's
 
 
 def holds(name: str, stage: PipelineStage, *, tied: bool) -> bool:

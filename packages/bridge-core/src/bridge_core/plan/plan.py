@@ -276,7 +276,8 @@ class Plan:
     def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
         """Global numbers of the layers for which a stage holds an entry; `(0,)` for one without layers."""
         if entry.block != DECODER_LAYERS:
-            return entry.layers if holds(entry.name, stage, tied=self._tied) else ()
+            held = self.family.holds
+            return entry.layers if (held(entry.name, stage) if held else holds(entry.name, stage, tied=self._tied)) else ()
         if len(entry.layers) == entry.depth:
             return stage.decoder_layers
         wanted = set(entry.layers)
