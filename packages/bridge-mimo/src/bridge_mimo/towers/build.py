@@ -22,7 +22,6 @@ def tower_spec(
     *,
     groups: ProcessGroupCollection | None,
     spec: Spec | None = None,
-    vp_stage: int | None = None,
 ) -> ModuleSpec:
     """The Qwen3-VL or Qwen3.5 tower of megatron-core's layers, as an encoder of a `MimoModel`.
 
@@ -33,7 +32,6 @@ def tower_spec(
         groups: the component's process groups. None on ranks that build no encoder.
         spec: which modules it is made of; by default Transformer Engine's where it and a GPU are there, the
             CPU host backend's otherwise.
-        vp_stage: the virtual stage under interleaved pipelining.
 
     Returns:
         A `ModuleSpec`; `build_module` of it gives a `QwenVisionTower`.
@@ -49,7 +47,7 @@ def tower_spec(
 
     from bridge_mimo.towers.qwen_vl import QwenVisionTower
 
-    params = {"config": config, "sizes": sizes, "spec": spec, "pg_collection": groups, "vp_stage": vp_stage}
+    params = {"config": config, "sizes": sizes, "spec": spec, "pg_collection": groups}
     return ModuleSpec(module=QwenVisionTower, params=params)
 
 

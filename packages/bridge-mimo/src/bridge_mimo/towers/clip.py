@@ -2,7 +2,7 @@
 
 | HF, after `vision_model.` | here |
 |---|---|
-| `embeddings.class_embedding` (CLIP) | `class_token` [1, 1, hidden] |
+| `embeddings.class_embedding` (CLIP) | `class_token`, of HF's shape [hidden] |
 | `embeddings.patch_embedding` | `conv1` |
 | `embeddings.position_embedding` | `position_embeddings` |
 | `pre_layrnorm` (CLIP) | `ln_pre` |
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel  # noqa: TID253 - base class
 from torch import Tensor
 
@@ -75,6 +76,8 @@ class ClipTower(CLIPViTModel):
         self.tp_group = groups.tp
         if self.ln_post is None:
             self.ln_post = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        if self.add_class_token:
+            self.class_token = torch.nn.Parameter(self.class_token.detach().flatten())
         self.to(config.params_dtype)  # mcore leaves the convolution in float32
         self.last = _last_layer(config.num_layers, feature_layer, groups.pp.size())
         for unused in (*list(self.decoder.layers)[self.last + 1 :], self.ln_post):
@@ -92,9 +95,7 @@ class ClipTower(CLIPViTModel):
         weight = self.conv1.weight
         hidden = self.conv1(pixel_values.to(weight.device, weight.dtype)).flatten(2).transpose(1, 2)
         if self.add_class_token:
-            import torch
-
-            hidden = torch.cat((self.class_token.expand(len(hidden), -1, -1), hidden), dim=1)
+            hidden = torch.cat((self.class_token.expand(len(hidden), 1, -1), hidden), dim=1)
         hidden = hidden + self.position_embeddings.weight
         if self.ln_pre is not None:
             hidden = self.ln_pre(hidden)

@@ -104,7 +104,6 @@ class QwenVisionTower(VisionModule):
         sizes: from `tower_sizes`.
         spec: which modules it is made of.
         pg_collection: groups of the images component. Nothing global is read.
-        vp_stage: the virtual stage under interleaved pipelining.
 
     Raises:
         LayoutError: the groups differ from the configuration, or what deepstack mergers make does not fit
@@ -119,16 +118,13 @@ class QwenVisionTower(VisionModule):
         sizes: TowerSizes,
         spec: Spec,
         pg_collection: ProcessGroupCollection | None,
-        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
         self.pg_collection = check_groups(config, pg_collection)
         self.tp_group = self.pg_collection.tp
-        self.sizes, self.vp_stage = sizes, vp_stage
-        rank, last = self.pg_collection.pp.rank(), self.pg_collection.pp.size() - 1
-        chunks = config.virtual_pipeline_model_parallel_size or 1
-        self.pre_process = rank == 0 and not vp_stage
-        self.post_process = rank == last and (vp_stage or 0) == chunks - 1
+        self.sizes = sizes
+        stage = self.pg_collection.pp.rank()
+        self.pre_process, self.post_process = stage == 0, stage == self.pg_collection.pp.size() - 1
         _check_deepstack(sizes, alone=self.pre_process and self.post_process)
         if self.pre_process:
             options = {"device": _device(config), "dtype": config.params_dtype}
@@ -141,7 +137,6 @@ class QwenVisionTower(VisionModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
-            vp_stage=vp_stage,
         )
         held = [layer.layer_number - 1 for layer in self.decoder.layers]
         self.deepstack = {layer: str(sizes.deepstack.index(layer)) for layer in held if layer in sizes.deepstack}
