@@ -39,17 +39,7 @@ def settings(*, tp=1, pp=1, **rest):
     return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **rest}
 
 
-def build(make, *args, tp=1, pp=1, rest=(), **kwargs):
-    """The encoder that a spec function gives, and its groups; call inside `host_backend`."""
-    from megatron.core.transformer.spec_utils import build_module
-
-    from bridge_core.testing.rank_worker import groups
-
-    pg = groups(tp=tp, pp=pp)
-    return build_module(make(*args, settings(tp=tp, pp=pp, **dict(rest)), groups=pg, **kwargs)), pg
-
-
-def canonical(tower, name, pg):
+def canonical(tower, name):
     """A parameter's name as planned: with the layer's global number, and norms in the linear that follows."""
     head, _, tail = name.partition("decoder.layers.")
     if tail:
@@ -63,7 +53,7 @@ def canonical(tower, name, pg):
     return f"vision_model.{name}"
 
 
-def run_tower(fields, weights, pixels, grids, cotangent, *, tp=1, pp=1, spec="host", rest=()):
+def run_tower(fields, weights, pixels, grids, cotangent, *, tp=1, pp=1, spec="host", rest=None):
     """Load a tower by name, run it through its stages and back.
 
     Returns:
@@ -74,11 +64,18 @@ def run_tower(fields, weights, pixels, grids, cotangent, *, tp=1, pp=1, spec="ho
     import torch.distributed as dist
 
     from bridge_core.runtime.host import host_backend
-    from bridge_mimo.towers import tower_spec
+    from bridge_core.testing.rank_worker import groups
+    from bridge_mimo.towers import tower_spec, vision_modality_spec
+    from bridge_mimo.towers.submodules import TowerSubmodules
 
     with host_backend(), no_global_state():
-        tower, pg = build(tower_spec, fields, tp=tp, pp=pp, spec=spec, rest=rest)
-        named = {canonical(tower, name, pg): value for name, value in tower.named_parameters()}
+        pg = groups(tp=tp, pp=pp)
+        encoder = tower_spec(fields, settings(tp=tp, pp=pp, **(rest or {})), groups=pg, spec=spec)
+        images = vision_modality_spec({"qwen_visual": encoder}, groups=pg)
+        ends = {"is_first_stage": pg.pp.rank() == 0, "is_last_stage": pg.pp.rank() == pp - 1}
+        submodules = TowerSubmodules.from_spec(images, **ends)
+        tower = submodules.encoders["qwen_visual"]
+        named = {canonical(tower, name): value for name, value in tower.named_parameters()}
         with torch.no_grad():
             for name, value in named.items():
                 value.copy_(weights[pg.tp.rank()][name])
@@ -89,8 +86,8 @@ def run_tower(fields, weights, pixels, grids, cotangent, *, tp=1, pp=1, spec="ho
             dist.recv(shape, ranks[stage - 1])
             received = torch.empty(shape.tolist(), requires_grad=True)
             dist.recv(received.data, ranks[stage - 1])
-            tower.set_input_tensor(received)
-        output = tower(None if stage else pixels, grids)
+        inputs = {"qwen_visual": {"pixel_values": None if stage else pixels, "grid_thw": grids}}
+        output = submodules(encoder_inputs=inputs, hidden_states=received)
         if stage < pp - 1:
             dist.send(torch.tensor(output.shape), ranks[stage + 1])
             dist.send(output.detach(), ranks[stage + 1])
@@ -101,7 +98,7 @@ def run_tower(fields, weights, pixels, grids, cotangent, *, tp=1, pp=1, spec="ho
         output.backward(back)
         if received is not None:
             dist.send(received.grad, ranks[stage - 1])
-        state = tower.sharded_state_dict("tower.", metadata={"dp_cp_group": pg.dp_cp})
+        state = submodules.sharded_state_dict()
     shapes = {key: tuple(value.global_shape) for key, value in tensors(state)}
     gradients = {name: value.grad for name, value in named.items()}
     return output.detach() if stage == pp - 1 else None, gradients, shapes, pg.tp.rank()

@@ -77,6 +77,14 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
 
+def activation_function(name: str) -> Any:
+    """A function that mcore's layers take as `activation_func`: "gelu" (exact), "gelu_tanh" or "quick_gelu"."""
+    from megatron.core.activations import quick_gelu
+    from torch.nn.functional import gelu
+
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}[name]
+
+
 def tower_config(fields: Fields, settings: Mapping[str, Any], spec: Spec) -> TransformerConfig:
     """mcore's configuration of the layers of a Qwen tower.
 
@@ -141,12 +149,14 @@ def _check(settings: Mapping[str, Any], model: Mapping[str, Any], known: set[str
             expected={name: model[name] for name in fixed},
             got={name: settings[name] for name in fixed},
         )
-    if settings.get("sequence_parallel") or settings.get("context_parallel_size", 1) > 1:
+    names = ("sequence_parallel", "context_parallel_size", "virtual_pipeline_model_parallel_size")
+    got = {name: settings[name] for name in names if settings.get(name) not in (None, False, 1)}
+    if got:
         raise LayoutError(
-            "a vision tower cuts heads and layers, not patches: images differ in size",
-            where="sequence_parallel, context_parallel_size",
-            expected="False, 1",
-            got=f"{settings.get('sequence_parallel', False)}, {settings.get('context_parallel_size', 1)}",
+            "a vision tower is cut by heads and layers only: images differ in size, and a stage is one chunk",
+            where=", ".join(got),
+            expected="False, 1 or None",
+            got=got,
             fix="give the images component tp and pp; its dp shares out images",
         )
 

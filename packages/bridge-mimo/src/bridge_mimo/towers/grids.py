@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from bridge_core.errors import ConfigError
 from torch import Tensor
+
+from bridge_core.errors import ConfigError
 
 
 class Patches(NamedTuple):

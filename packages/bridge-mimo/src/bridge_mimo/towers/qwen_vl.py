@@ -22,8 +22,6 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bridge_core.errors import ConfigError, LayoutError
-from bridge_core.runtime.layer_specs import Spec
 from megatron.core.models.common.vision_module.vision_module import VisionModule  # noqa: TID253 - base class
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: TID253 - as above
 from megatron.core.transformer.mlp import MLP  # noqa: TID253 - base class
@@ -32,6 +30,8 @@ from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from bridge_core.errors import ConfigError, LayoutError
+from bridge_core.runtime.layer_specs import Spec
 from bridge_mimo.towers.config import TowerSizes, check_groups
 from bridge_mimo.towers.grids import Patches, interpolation, place_patches, rotary_angles
 from bridge_mimo.towers.specs import layer_spec, mlp_submodules, spec_provider
@@ -104,7 +104,6 @@ class QwenVisionTower(VisionModule):
         sizes: from `tower_sizes`.
         spec: which modules it is made of.
         pg_collection: groups of the images component. Nothing global is read.
-        vp_stage: the virtual stage under interleaved pipelining.
 
     Raises:
         LayoutError: the groups differ from the configuration, or what deepstack mergers make does not fit
@@ -119,16 +118,13 @@ class QwenVisionTower(VisionModule):
         sizes: TowerSizes,
         spec: Spec,
         pg_collection: ProcessGroupCollection | None,
-        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
         self.pg_collection = check_groups(config, pg_collection)
         self.tp_group = self.pg_collection.tp
-        self.sizes, self.vp_stage = sizes, vp_stage
-        rank, last = self.pg_collection.pp.rank(), self.pg_collection.pp.size() - 1
-        chunks = config.virtual_pipeline_model_parallel_size or 1
-        self.pre_process = rank == 0 and not vp_stage
-        self.post_process = rank == last and (vp_stage or 0) == chunks - 1
+        self.sizes = sizes
+        stage = self.pg_collection.pp.rank()
+        self.pre_process, self.post_process = stage == 0, stage == self.pg_collection.pp.size() - 1
         _check_deepstack(sizes, alone=self.pre_process and self.post_process)
         if self.pre_process:
             options = {"device": _device(config), "dtype": config.params_dtype}
@@ -141,7 +137,6 @@ class QwenVisionTower(VisionModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
-            vp_stage=vp_stage,
         )
         held = [layer.layer_number - 1 for layer in self.decoder.layers]
         self.deepstack = {layer: str(sizes.deepstack.index(layer)) for layer in held if layer in sizes.deepstack}
@@ -213,7 +208,9 @@ class QwenVisionTower(VisionModule):
             positions = (F.embedding(rows.to(table.device), table) * weights.to(table.device)[:, :, None]).sum(1)
             embedded = self.patch_embed(given.to(table.device))
             return (embedded + positions.to(embedded.dtype)).unsqueeze(1), []
-        beside = given[..., width:].split(self.sizes.out // self.sizes.merge**2, dim=-1) if width < given.shape[-1] else ()
+        beside = (
+            given[..., width:].split(self.sizes.out // self.sizes.merge**2, dim=-1) if width < given.shape[-1] else ()
+        )
         return given[..., :width].contiguous(), [part.reshape(-1, self.sizes.out) for part in beside]
 
     def sharded_state_dict(
@@ -246,8 +243,8 @@ def _packed(patches: Patches, device: Any) -> PackedSeqParams:
     )
 
 
-def _beside(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors, dim=-1) if len(tensors) > 1 else tensors[0]
+def _beside(first: Tensor, *others: Tensor) -> Tensor:
+    return torch.cat((first, *others), dim=-1) if others else first
 
 
 def _check_deepstack(sizes: TowerSizes, *, alone: bool) -> None:

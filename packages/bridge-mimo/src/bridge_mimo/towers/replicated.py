@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bridge_core.errors import LayoutError
-from bridge_core.extras import require
 from megatron.core.models.common.vision_module.vision_module import VisionModule  # noqa: TID253 - base class
 from torch import Tensor
 
+from bridge_core.errors import LayoutError
+from bridge_core.extras import require
 from bridge_mimo.towers.config import check_groups
 
 if TYPE_CHECKING:

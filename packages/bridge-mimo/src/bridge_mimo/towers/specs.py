@@ -45,8 +45,9 @@ def layer_spec(spec: Spec) -> ModuleSpec:
     fused = provider.fuse_layernorm_and_linear()
     norms = {} if fused else {name: provider.layer_norm() for name in ("input_layernorm", "pre_mlp_layernorm")}
     linear = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
+    attention = provider.core_attention()
     if spec != "te":
-        from bridge_mimo.towers.attention import PackedAttention
+        from bridge_mimo.towers.attention import PackedAttention as attention  # noqa: N813
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -55,7 +56,7 @@ def layer_spec(spec: Spec) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear,
-                    core_attention=provider.core_attention() if spec == "te" else PackedAttention,
+                    core_attention=attention,
                     linear_proj=provider.row_parallel_linear(),
                 ),
             ),

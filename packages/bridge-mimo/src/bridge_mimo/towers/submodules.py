@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge_core.errors import ConfigError
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules  # noqa: TID253 - base class
 from torch import Tensor
+
+from bridge_core.errors import ConfigError
 
 
 class TowerSubmodules(VisionModalitySubmodules):
