@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def rank_pool():
-    """Four gloo ranks on this machine, started by the first test that runs a job on them."""
+    """Eight gloo ranks on this machine, started by the first test that runs a job on them."""
     pytest.importorskip("torch")
     from bridge_core.testing.ranks import RankPool
 
-    with RankPool(4) as pool:
+    with RankPool(8) as pool:
         yield pool
 
 
