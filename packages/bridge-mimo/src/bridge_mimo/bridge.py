@@ -79,7 +79,7 @@ class MegatronMIMOBridge(AutoBridge):
     def with_parallelism(
         self, parallelism: Layouts | None = None, *, world_size: int | None = None, colocated: bool = False
     ) -> Self:
-        """The same bridge for other layouts; this one stays as it is. The arguments are those of `from_hf_pretrained`."""
+        """The same bridge for other layouts, given as to `from_hf_pretrained`; this one stays as it is."""
         if parallelism is None:
             parallelism = {name: ComponentLayout() for name in self.components.names}
         check_component_names(self.components, parallelism)
