@@ -12,6 +12,7 @@ from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
 from bridge_core.geometry import Shape
+from bridge_core.patterns import fill
 from bridge_core.plan import Audit, Plan, RankCost, Shard
 from bridge_core.topology import ParallelLayout
 from bridge_mimo.components import Component, Components
@@ -57,8 +58,13 @@ class ComponentPlan:
         for shard in self.plan.iter_local_shards(self.local_rank(rank)):
             param = self.component.target(shard.entry, shard.param)
             pieces = tuple(piece._replace(target=piece.target._replace(tensor=param)) for piece in shard.pieces)
-            name, entry = self.component.target(shard.entry, shard.name), self.component.targets[shard.entry]
+name, entry = self.component.target(shard.entry, shard.name), self.component.targets[shard.entry]
             yield shard._replace(param=param, name=name, pieces=pieces, entry=entry)
+
+    def own(self, shard: Shard) -> Shard:
+        """A shard of `iter_local_shards` with its entry and its name as they are in `plan`; the rest is as it was."""
+        own = next(own for own, target in self.component.targets.items() if target == shard.entry)
+        return shard._replace(entry=own, name=fill(own, shard.layer, shard.expert))
 
 
 class MimoPlan(Plan):
@@ -156,6 +162,21 @@ class MimoPlan(Plan):
         """What a rank of the world owns of which HF tensor, component by component."""
         for name in self.components_of(rank):
             yield from self.components[name].iter_local_shards(rank)
+
+    @cached_property
+    def component_by_entry(self) -> dict[str, str]:
+        """The component of every entry."""
+        return {target: name for name, part in self.components.items() for target in part.component.targets.values()}
+
+    def copy_of(self, rank: int, shard: Shard) -> tuple[int, int]:
+        """The number of a rank's copy of a shard on its pipeline stage of the component, and how many there are."""
+        part = self.components[self.component_by_entry[shard.entry]]
+        return part.plan.copy_of(part.local_rank(rank), part.own(shard))
+
+    def is_second_copy(self, rank: int, shard: Shard) -> bool:
+        """Whether it is a later stage's copy of the embedding, for a tied output layer."""
+        part = self.components[self.component_by_entry[shard.entry]]
+        return part.plan.is_second_copy(part.local_rank(rank), part.own(shard))
 
     def component_costs(self, rank: int) -> dict[str, RankCost]:
         """Parameters and bytes that a rank of the world holds of each of its components; ranks are the component's."""

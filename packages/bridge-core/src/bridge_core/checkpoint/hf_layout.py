@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -93,16 +93,19 @@ def lay_out_files(shapes: Mapping[str, Shape], dtypes: Mapping[str, str], max_sh
     return HfLayout(tuple(lay_out(n, shard, metadata=FORMAT) for n, shard in zip(names, shards, strict=True)))
 
 
-def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str]) -> HfLayout:
+def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str], carried: Collection[str] = ()) -> HfLayout:
     """The files of `source`, with the same tensors in the same order; only dtypes may differ, and scales come or go.
+
+    Tensors in `carried` are in none of the plan's rows, and stay as they are.
 
     Raises:
         CoverageError: the source holds other tensors than the plan, or other shapes.
     """
-    ignored = set(plan.audit(source.shapes).ignored)
+    ignored = set(plan.audit(source.shapes).ignored) - set(carried)
     repeated = {name: copy.of for name, copy in plan.copies.items() if name in source.tensors}
     shapes, dtypes = as_written(plan, dtypes)
-    shapes = shapes | {name: shapes[of] for name, of in repeated.items()}
+    shapes = shapes | {name: shapes[of] for name, of in repeated.items()} | {n: source.shapes[n] for n in carried}
+    dtypes |= {name: source.tensors[name].dtype for name in carried}
     written = shapes.keys() - ignored
     files: list[Laid] = []
     for name, tensors in source.files.items():

@@ -17,21 +17,20 @@ from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Copy, Family, Fields
-from bridge_core.geometry import Box, Piece, Shape, restrict, whole
+from bridge_core.geometry import Piece, Shape, restrict, whole
 from bridge_core.patterns import at_layer, fill
 from bridge_core.plan.audit import Audit, audit
 from bridge_core.plan.entries import Entry, compile_entries
 from bridge_core.plan.manifest import to_dict
 from bridge_core.plan.placement import (
     DECODER_LAYERS,
-    EMBEDDING,
-    OUTPUT,
     check_layout,
     holds,
     layout_of_model,
     part_of,
     place,
 )
+from bridge_core.plan.shards import LocalForm, Shard, copy_of, is_second_copy, local_padding, shards_of
 from bridge_core.plan.stored import as_stored, quantised_names
 from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range
 
@@ -50,30 +49,6 @@ class TensorMeta(NamedTuple):
     group: str
 
 
-class Shard(NamedTuple):
-    """One parameter of one rank, and the pieces of HF tensors that it holds.
-
-    Attributes:
-        param: name in the rank's model chunk, with local layer and expert numbers.
-        chunk: virtual pipeline stage, the index in the list of model chunks.
-        name: canonical Megatron name, with global numbers.
-        shape: local shape.
-        pieces: HF tensor (source) to the local parameter (target).
-        pad: regions of the local parameter that no HF element fills.
-        entry, layer, expert: the plan's entry that it is an instance of, and its global numbers.
-    """
-
-    param: str
-    chunk: int
-    name: str
-    shape: Shape
-    pieces: tuple[Piece, ...]
-    pad: tuple[Box, ...]
-    entry: str
-    layer: int
-    expert: int
-
-
 class RankCost(NamedTuple):
     """What one rank holds: how many parameters, how many bytes, and where the bytes lie."""
 
@@ -83,15 +58,6 @@ class RankCost(NamedTuple):
     tensors: int
     nbytes: int
     parts: dict[str, int]
-
-
-class LocalForm(NamedTuple):
-    """An entry as one tensor-parallel coordinate holds it, holes open."""
-
-    shape: Shape
-    pieces: tuple[Piece, ...]
-    blocks: tuple[tuple[Box, Shape], ...]
-    pad: tuple[Box, ...]
 
 
 class Plan:
@@ -265,12 +231,12 @@ class Plan:
                 experts = self.experts_of(entry, coords.ep)
                 layers = self.layers_of(entry, stage)
                 if entry.is_expert:
-                    yield from _shards(entry, form, stage, layers, experts)
+                    yield from shards_of(entry, form, stage, layers, experts)
                     continue
                 # The same for all ranks that differ in data or expert coordinates only.
                 key = (entry.name, coords.tp, stage.pp_rank, stage.vp_stage)
                 if (found := self._dense.get(key)) is None:
-                    found = self._dense[key] = list(_shards(entry, form, stage, layers, experts))
+                    found = self._dense[key] = list(shards_of(entry, form, stage, layers, experts))
                 yield from found
 
     def layers_of(self, entry: Entry, stage: PipelineStage) -> Iterable[int]:
@@ -290,6 +256,14 @@ class Plan:
         if not entry.is_expert:
             return range(1)
         return expert_range(entry.experts, ep=self.layout.ep, ep_rank=ep_rank)
+
+    def copy_of(self, rank: int, shard: Shard) -> tuple[int, int]:
+        """The number of a rank's copy of a shard among those on its pipeline stage, and how many there are."""
+        return copy_of(self, rank, shard)
+
+    def is_second_copy(self, rank: int, shard: Shard) -> bool:
+        """Whether it is a later stage's copy of the embedding: for a tied output layer, or for MTP."""
+        return is_second_copy(self, rank, shard)
 
     @property
     def _tied(self) -> bool:
@@ -320,7 +294,7 @@ class Plan:
             for piece in entry.pieces
             for part in restrict(piece, "target", entry.shape, box, shape, at)
         )
-        return LocalForm(shape, pieces, blocks, _local_padding(entry, blocks))
+        return LocalForm(shape, pieces, blocks, local_padding(entry, blocks))
 
     def cost(self, rank: int) -> RankCost:
         """Parameters and bytes of one rank, by arithmetic alone."""
@@ -367,29 +341,3 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.family.name}, {len(self.entries)} entries, {self.layout})"
-
-
-def _shards(
-    entry: Entry, form: LocalForm, stage: PipelineStage, layers: Iterable[int], experts: range
-) -> Iterator[Shard]:
-    local = OUTPUT if entry.name == EMBEDDING and not stage.has_embedding else entry.name
-    offset = stage.layer_offset if entry.block == DECODER_LAYERS else 0
-    for layer in layers:
-        names, params = at_layer(entry.name, layer), at_layer(local, layer - offset)
-        for expert in experts:
-            param = str(expert - experts.start).join(params)
-            pieces = tuple(entry.instance(form.pieces, layer, expert, param))
-            name = str(expert).join(names)
-            yield Shard(param, stage.vp_stage, name, form.shape, pieces, form.pad, entry.name, layer, expert)
-
-
-def _local_padding(entry: Entry, blocks: tuple[tuple[Box, Shape], ...]) -> tuple[Box, ...]:
-    if entry.padding is None:
-        return ()
-    found: list[Box] = []
-    for box, at in blocks:
-        begin = max(box.start[0], entry.padding.start[0])
-        rows = box.start[0] + box.shape[0] - begin
-        if rows > 0:
-            found.append(Box((begin - box.start[0] + at[0], *at[1:]), (rows, *box.shape[1:])))
-    return tuple(found)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bridge_core.geometry import Box, Piece, Shape, box_of, in_source_order, restrict
 from bridge_core.patterns import fill
 from bridge_core.plan import Shard
-from bridge_core.runtime.live import LiveModel, is_second_copy, replica_of
+from bridge_core.runtime.live import LiveModel, replica_of
 from bridge_core.runtime.stream import Stream
 from bridge_core.runtime.tensors import dtype_name, flat, torch_dtype, window
 
@@ -177,7 +177,7 @@ def m2n_entries(live: LiveModel) -> list[M2NEntry]:
     """
     held: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in live.shards:
-        if not is_second_copy(live.plan, live.rank, shard):
+        if not live.plan.is_second_copy(live.rank, shard):
             for piece in shard.pieces:
                 held.setdefault(piece.source.tensor, []).append((shard, piece))
     holders = _Holders(live)

@@ -8,7 +8,7 @@ the layout. Who sends what follows from the plan: nothing but weights, and a wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
 from math import prod
@@ -22,7 +22,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import LayoutError
 from bridge_core.geometry import Box, Piece, Shape, restrict, slabs
 from bridge_core.plan import Plan, Shard
-from bridge_core.runtime.live import LiveModel, copy_of, is_second_copy
+from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, torch_dtype, window
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def takes_turn(plan: Plan, rank: int, number: int, shard: Shard) -> bool:
 
     Ranks that hold the same take turns. A later stage's copy of the embedding is saved by nobody.
     """
-    if is_second_copy(plan, rank, shard):
+    if plan.is_second_copy(rank, shard):
         return False
-    turn, turns = copy_of(plan, rank, shard)
+    turn, turns = plan.copy_of(rank, shard)
     return number % turns == turn
 
 
@@ -86,10 +86,13 @@ class WholeFiles:
         layout: the files.
         group: all ranks of the model; exchanges tensors where the parameters are.
         bucket_bytes: bytes of tensors that travel in a round. One element makes a larger round if it has to.
+        left: HF names of tensors that somebody else writes.
     """
 
-    def __init__(self, live: LiveModel, layout: HfLayout, group: Any, bucket_bytes: int) -> None:
-        self.live, self._group = live, group
+    def __init__(
+        self, live: LiveModel, layout: HfLayout, group: Any, bucket_bytes: int, left: Collection[str] = ()
+    ) -> None:
+        self.live, self._group, self._left = live, group, frozenset(left)
         self._rank, self._size = group.rank(), group.size()
         if (self._rank, self._size) != (live.rank, live.plan.layout.world_size):
             raise LayoutError(
@@ -117,7 +120,7 @@ class WholeFiles:
         """
         mine = holdings(self.live.plan, self._rank)
         theirs = self._of_my_files(mine)
-        rounds = {rank: rounds_of(files, self._limit) for rank, files in sorted(self._files.items())}
+        rounds = {rank: rounds_of(files, self._limit, self._left) for rank, files in sorted(self._files.items())}
         done = 0
         with ExitStack() as stack:
             files = OpenFiles(stack)
@@ -225,11 +228,16 @@ def holdings(plan: Plan, rank: int, names: set[str] | None = None) -> dict[str, 
     return found | {name: found[copy.of] for name, copy in plan.copies.items() if copy.of in found}
 
 
-def rounds_of(files: Sequence[Laid], limit: int) -> Iterator[list[Block]]:
-    """The blocks of some files in the order of their bytes, as many at a time as `limit` bytes hold (but one)."""
+def rounds_of(files: Sequence[Laid], limit: int, left: Collection[str] = ()) -> Iterator[list[Block]]:
+    """The blocks of some files in the order of their bytes, as many at a time as `limit` bytes hold (but one).
+
+    Tensors in `left` are passed over.
+    """
     held: list[Block] = []
     room = limit
     for block in _blocks(files, limit):
+        if block.name in left:
+            continue
         nbytes = prod(block.box.shape) * dtype_of(block.dtype).itemsize
         if held and nbytes > room:
             yield held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
-from bridge_core.plan.placement import EMBEDDING, OUTPUT
+from bridge_core.plan.placement import OUTPUT
 from bridge_core.runtime.tensors import dtype_name
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
@@ -118,10 +118,10 @@ def open_live(
     """
     chunks = unwrap(model)
     layout, rank = layout_of(chunks, chunks[0].pg_collection if groups is None else groups)
-    named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in _stored(chunk)}
+    named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in stored(chunk)}
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: tensor for key, tensor in named.items() if key not in left}
-    padded = _padded_vocab(named, layout.tp, fields["vocab_size"])
+    padded = padded_vocab(named, layout.tp, fields["vocab_size"])
     plan = Plan(
         family,
         fields,
@@ -132,11 +132,29 @@ def open_live(
         codec=codec,
         quantised=quantised,
     )
+    live = matched(plan, rank, named, excepted)
+    return replace(live, excepted=tuple(name for _, name in sorted(left)))
+
+
+def matched(
+    plan: Plan, rank: int, named: Mapping[tuple[int, str], Tensor], excepted: Collection[str] = ()
+) -> LiveModel:
+    """The live tensors of a rank, each with its shard of a plan.
+
+    Args:
+        plan: of the layout that the tensors are in.
+        rank: the number of this rank in it.
+        named: the rank's tensors by chunk, and by name in the chunk.
+        excepted: patterns (as in a shell) of parameter names of the plan that no tensor is needed for.
+
+    Raises:
+        CoverageError: as for `open_live`.
+    """
     shards = tuple(shard for shard in plan.local_shards(rank) if not matches(shard.param, excepted))
     wanted = {(shard.chunk, shard.param): shard for shard in shards}
     tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}
     _check(wanted, tensors, rank)
-    return LiveModel(plan, rank, shards, tensors, tuple(name for _, name in sorted(left)))
+    return LiveModel(plan, rank, shards, tensors)
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
@@ -153,11 +171,11 @@ _WEIGHT_BUFFERS = (".router.expert_bias",)
 _ADAPTERS = re.compile(r"(^|\.)adapter\.")
 
 
-def _stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
+def stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a chunk, without those of adapters on it, and the buffers that are weights as well."""
     # A tied output layer beside prediction layers: megatron-core 0.19 makes a weight for it that it never uses, as the
     # embedding is there too (models/common/language_module/language_module.py, `shared_embedding_or_output_weight`).
-    unused = chunk.share_embeddings_and_output_weights and getattr(chunk, "mtp_process", False)
+    unused = getattr(chunk, "mtp_process", False) and chunk.share_embeddings_and_output_weights
     for name, parameter in chunk.named_parameters():
         if not (_ADAPTERS.search(name) or (unused and name == OUTPUT)):
             yield name, parameter
@@ -219,29 +237,8 @@ def replica_of(live: LiveModel, shard: Shard) -> int:
 
     A later stage's copy of the embedding comes after all those of the first stage.
     """
-    number, copies = copy_of(live.plan, live.rank, shard)
-    return number + (copies if is_second_copy(live.plan, live.rank, shard) else 0)
-
-
-def copy_of(plan: Plan, rank: int, shard: Shard) -> tuple[int, int]:
-    """The number of a rank's copy of a shard among those on its pipeline stage, and how many there are."""
-    layout, coords = plan.layout, plan.layout.coords(rank)
-    entry = plan.entry(shard.entry)
-    if entry.is_expert:
-        number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
-    else:
-        number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
-        axis, size = coords.tp, layout.tp
-    if entry.split is None:  # every tensor-parallel rank holds all of it
-        number, copies = number * size + axis, copies * size
-    return number, copies
-
-
-def is_second_copy(plan: Plan, rank: int, shard: Shard) -> bool:
-    """Whether it is a later stage's copy of the embedding: for a tied output layer, or for MTP."""
-    if shard.name != EMBEDDING:
-        return False
-    return not plan.placement.stage(plan.layout.coords(rank).pp, shard.chunk).pre_process
+    number, copies = live.plan.copy_of(live.rank, shard)
+    return number + (copies if live.plan.is_second_copy(live.rank, shard) else 0)
 
 
 def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[ParallelLayout, int]:
@@ -283,7 +280,7 @@ def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[Pa
     return layout, rank
 
 
-def _padded_vocab(named: Mapping[tuple[int, str], Tensor], tp: int, vocab_size: int) -> int | None:
+def padded_vocab(named: Mapping[tuple[int, str], Tensor], tp: int, vocab_size: int) -> int | None:
     """Rows of the whole embedding, where this rank holds a part of it or of the output layer.
 
     A table with fewer rows than tokens is no vocabulary; its shape is refused later, by its name.

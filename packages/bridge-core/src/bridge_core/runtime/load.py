@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from bridge_core.checkpoint.fp8 import read_bytes
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, gather, in_threads
+from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
@@ -83,15 +84,9 @@ def load_hf_weights(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    group = group or default_group()
-    workers = TorchWorkers(group)
-    opened: list[tuple[LiveModel, HfFolder, tuple[str, ...]]] = []
 
-    def check() -> None:
-        if one_reader_per_node:
-            _check_node(node_group)
-        folder = open_hf(path)
-        live = open_live(
+    def opened(folder: HfFolder) -> LiveModel:
+        return open_live(
             model,
             family,
             fields,
@@ -100,27 +95,63 @@ def load_hf_weights(
             inventory=folder.shapes,
             ignore=ignore,
         )
-        opened.append((live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored))
 
-    workers.together(check)
-    live, folder, ignored = opened[0]
+    return load_live(
+        opened,
+        path,
+        group=group,
+        threads=threads,
+        allowed_mismatched=allowed_mismatched,
+        one_reader_per_node=one_reader_per_node,
+        node_group=node_group,
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def load_live(
+    opened: Callable[[HfFolder], LiveModel],
+    path: str | Path,
+    *,
+    group: Any = None,
+    threads: int = 2,
+    allowed_mismatched: Collection[str] = (),
+    one_reader_per_node: bool = False,
+    node_group: Any = None,
+    bucket_bytes: int = 256 * 1024 * 1024,
+) -> LoadReport:
+    """Fill whatever `opened` gives from an HF folder; what `load_hf_weights` does of a single model.
+
+    Collective over `group`. What is not said here is as there.
+
+    Args:
+        opened: the model matched against its plan, given the folder.
+    """
+    group = group or default_group()
+    workers = TorchWorkers(group)
+
+    def check() -> tuple[LiveModel, HfFolder, tuple[str, ...]]:
+        if one_reader_per_node:
+            _check_node(node_group)
+        folder = open_hf(path)
+        live = opened(folder)
+        return live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored
+
+    live, folder, ignored = jointly(workers, check)
     left = _left(live, allowed_mismatched, workers, group) if allowed_mismatched else ()
     workers.together(lambda: check_copies(live.plan, folder, rank=workers.rank, size=workers.size))
-    done: list[NodeTally] = []
 
-    def fill() -> None:
+    def fill() -> NodeTally:
         if one_reader_per_node:
-            done.append(fill_from_node(live, folder, node_group, bucket_bytes))
-        else:
-            done.append(_fill(live, folder, threads))
+            return fill_from_node(live, folder, node_group, bucket_bytes)
+        return _fill(live, folder, threads)
 
-    workers.together(fill)
+    done = jointly(workers, fill)
     return LoadReport(
         parameters=len(live.shards),
-        bytes_read=done[0].bytes_read,
+        bytes_read=done.bytes_read,
         ignored=ignored,
         left=left,
-        broadcasts=done[0].broadcasts,
+        broadcasts=done.broadcasts,
     )
 
 

@@ -77,26 +77,59 @@ def save_megatron_model(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
+
+    def text(live: LiveModel, dtype: str) -> str:
+        return write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
+
+    return save_live(
+        lambda: open_live(model, family, fields, groups=groups, ignore=ignore),
+        lambda: sharded_state(model, groups),
+        text,
+        path,
+        iteration=iteration,
+        overwrite=overwrite,
+        group=group,
+    )
+
+
+def save_live(
+    opened: Callable[[], LiveModel],
+    state: Callable[[], dict[str, Any]],
+    text: Callable[[LiveModel, str], str],
+    path: str | Path,
+    *,
+    iteration: int = 0,
+    overwrite: bool = False,
+    group: Any = None,
+) -> MegatronReport:
+    """Write whatever `opened` gives as a Megatron checkpoint; what `save_megatron_model` does of a single model.
+
+    Collective over `group`. What is not said here is as there.
+
+    Args:
+        opened: the model matched against its plan.
+        state: its sharded state, under the names that the checkpoint is to have.
+        text: of the model and the dtype of most of its parameters, the content of run_config.yaml.
+    """
     workers = TorchWorkers(group or default_group())
     run = Path(path)
     output = run / f"iter_{iteration:07d}"
 
     def check() -> LiveModel:
         check_free(output, overwrite=overwrite)
-        return open_live(model, family, fields, groups=groups, ignore=ignore)
+        return opened()
 
     live = _checked(workers, check)
     dtype = _main_dtype(live)
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
 
-    def finish(folder: Path) -> None:
-        text = write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
-        (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
-
     with OwnWorld() as world:
 
         def fill(folder: Path, rank: int, size: int) -> None:
-            world.step(lambda: _save(model, folder, iteration, groups, where=output))
+            world.step(lambda: _save(state, folder, iteration, where=output))
+
+        def finish(folder: Path) -> None:
+            (folder / RUN_CONFIG).write_text(text(live, dtype), encoding="utf-8")
 
         write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
     workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
@@ -128,19 +161,56 @@ def load_megatron_model(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
+
+    def compare(live: LiveModel, folder: Path) -> None:
+        checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
+        megatron_entries(export_plan(checkpoint, ignore=ignore), checkpoint)
+
+    def take(loaded: dict[str, Any]) -> None:
+        for name, chunk in _named_chunks(model).items():
+            chunk.load_state_dict(loaded[name], strict=True)
+
+    return load_live(
+        lambda: open_live(model, family, fields, groups=groups, ignore=ignore),
+        compare,
+        lambda: sharded_state(model, groups),
+        take,
+        path,
+        group=group,
+    )
+
+
+def load_live(
+    opened: Callable[[], LiveModel],
+    compare: Callable[[LiveModel, Path], None],
+    state: Callable[[], dict[str, Any]],
+    take: Callable[[dict[str, Any]], None],
+    path: str | Path,
+    *,
+    group: Any = None,
+) -> MegatronReport:
+    """Fill whatever `opened` gives from a Megatron checkpoint; what `load_megatron_model` does of a single model.
+
+    Collective over `group`. What is not said here is as there.
+
+    Args:
+        opened: the model matched against its plan.
+        compare: raises unless the checkpoint in a folder is one of that model.
+        state: its sharded state, under the names that the checkpoint has.
+        take: puts what was loaded of that state into the model.
+    """
     workers = TorchWorkers(group or default_group())
 
     def check() -> tuple[LiveModel, Path]:
-        live = open_live(model, family, fields, groups=groups, ignore=ignore)
+        live = opened()
         folder = find_iteration(Path(path))
-        checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
-        megatron_entries(export_plan(checkpoint, ignore=ignore), checkpoint)
+        compare(live, folder)
         return live, folder
 
     live, folder = _checked(workers, check)
     iterations: list[int] = []
     with OwnWorld() as world:
-        workers.together(lambda: iterations.append(world.step(lambda: _load(model, folder, groups))))
+        workers.together(lambda: iterations.append(world.step(lambda: _load(state, take, folder))))
     return MegatronReport(folder=folder, iteration=iterations[0], parameters=len(live.shards))
 
 
@@ -156,23 +226,21 @@ def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
     return found[0]
 
 
-def _save(model: Any, folder: Path, iteration: int, groups: ProcessGroupCollection | None, *, where: Path) -> None:
+def _save(state: Callable[[], dict[str, Any]], folder: Path, iteration: int, *, where: Path) -> None:
     """megatron-core's own save. Collective over torch's default group."""
     from megatron.core import dist_checkpointing
 
     with _in_our_words(where):
-        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
-        dist_checkpointing.save(state, str(folder))
+        dist_checkpointing.save(state() | {"iteration": iteration, "checkpoint_version": 3.0}, str(folder))
 
 
-def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
+def _load(state: Callable[[], dict[str, Any]], take: Callable[[dict[str, Any]], None], folder: Path) -> int:
     """megatron-core's own load, into the parameters; the iteration. Collective over torch's default group."""
     from megatron.core import dist_checkpointing
 
     with _in_our_words(folder):
-        loaded: Any = dist_checkpointing.load(sharded_state(model, groups), str(folder))
-        for name, chunk in _named_chunks(model).items():
-            chunk.load_state_dict(loaded[name], strict=True)
+        loaded: Any = dist_checkpointing.load(state(), str(folder))
+        take(loaded)
     return int(loaded.get("iteration") or 0)
 
 
@@ -188,11 +256,13 @@ def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> d
     """
     chunks = _named_chunks(model)
     used = groups or next(iter(chunks.values())).pg_collection
-    state = {}
-    for name, chunk in chunks.items():
-        with _tied_by(chunk, used):
-            state[name] = chunk.sharded_state_dict(metadata={"dp_cp_group": used.dp_cp})
-    return state
+    return {name: sharded_chunk(chunk, used) for name, chunk in chunks.items()}
+
+
+def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "") -> dict[str, Any]:
+    """mcore's sharded state of one chunk, names and keys below `prefix`. Reads no global `parallel_state`."""
+    with _tied_by(chunk, groups):
+        return chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": groups.dp_cp})
 
 
 def _main_dtype(live: LiveModel) -> str:
@@ -215,7 +285,8 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
     prediction layers, which have a copy of their own, it asserts that there is none, although it made one. The
     method is shadowed on this one instance, for the time of the call.
     """
-    own_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
+    tied = getattr(chunk, "share_embeddings_and_output_weights", False)
+    own_copy = tied and chunk.post_process and not chunk.pre_process
     if not own_copy:
         yield
         return

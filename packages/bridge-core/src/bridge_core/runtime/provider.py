@@ -108,6 +108,13 @@ class Provider:
             setattr(self, name, value)
         return self
 
+    def copy(self) -> Provider:
+        """A provider of the same settings, whose changes are its own."""
+        made = object.__new__(type(self))
+        for name, value in vars(self).items():
+            object.__setattr__(made, name, dict(value) if name == "_settings" else value)
+        return made
+
     @property
     def layout(self) -> ParallelLayout:
         """The parallel sizes among the settings. `dp` is not one of them: it follows from the ranks."""
@@ -229,24 +236,37 @@ class Provider:
             )
         from megatron.core.models.gpt import GPTModel
 
+        with placed_by(groups, self.layout.vpp):
+            arguments = self.model_arguments(config, groups, stage)
+            block, vp_stage = arguments["transformer_layer_spec"], arguments["vp_stage"]
+            prediction = mtp_spec(self.spec, config, block, pp_rank=groups.pp.rank(), vp_stage=vp_stage)
+            return GPTModel(**arguments, mtp_block_spec=prediction)
+
+    def model_arguments(
+        self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int = 0
+    ) -> dict[str, Any]:
+        """What `GPTModel` is given for one chunk, but for its prediction layers.
+
+        Args:
+            config: what `finalize` gave.
+            groups: of the layout that the settings say.
+            stage: number of the chunk among those of this rank.
+        """
         pp, rank, vpp = groups.pp.size(), groups.pp.rank(), self.layout.vpp
         vp_stage = stage if vpp > 1 else None
         arguments = {name: self._settings[name] for name in _MODEL_ARGUMENTS if self._settings.get(name) is not None}
-        block = block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage)
-        with placed_by(groups, vpp):
-            return GPTModel(
-                config,
-                block,
-                vocab_size=self.padded_vocab,
-                max_sequence_length=self.seq_length,
-                pre_process=rank == 0 and stage == 0,
-                post_process=rank == pp - 1 and stage == vpp - 1,
-                parallel_output=True,
-                pg_collection=groups,
-                vp_stage=vp_stage,
-                mtp_block_spec=mtp_spec(self.spec, config, block, pp_rank=rank, vp_stage=vp_stage),
-                **arguments,
-            )
+        return {
+            "config": config,
+            "transformer_layer_spec": block_spec(self.spec, config, pp_rank=rank, vp_stage=vp_stage),
+            "vocab_size": self.padded_vocab,
+            "max_sequence_length": self.seq_length,
+            "pre_process": rank == 0 and stage == 0,
+            "post_process": rank == pp - 1 and stage == vpp - 1,
+            "parallel_output": True,
+            "pg_collection": groups,
+            "vp_stage": vp_stage,
+            **arguments,
+        }
 
 
 def _check_version(fields: Fields, known: set[str]) -> None:

@@ -9,33 +9,30 @@ several nodes cannot write one file on get whole files from one rank each (`runt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.convert import codec_options
-from bridge_core.checkpoint.files import OpenFiles, write_all
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.hf_layout import HfLayout, as_written, lay_out_files, lay_out_like
-from bridge_core.checkpoint.hf_output import carried_files, copy_files, create_weight_files, finish_hf_folder
+from bridge_core.checkpoint.hf_output import carried_files, copy_files, finish_hf_folder
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
+from bridge_core.checkpoint.safetensors import Stored
+from bridge_core.checkpoint.transfer import Job, share, transfer
 from bridge_core.checkpoint.workers import jointly
-from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.families import Family, Fields
-from bridge_core.geometry import Box, Piece, restrict, runs
-from bridge_core.plan import Shard
-from bridge_core.runtime.file_owners import Sent, WholeFiles, takes_turn
-from bridge_core.runtime.fp8 import agreed_scales, quantised
+from bridge_core.geometry import Piece, View, row_major
+from bridge_core.runtime.file_owners import Sent, WholeFiles
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import cast, flat, torch_dtype
+from bridge_core.runtime.shared_files import GroupOf, SharedFiles
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +102,59 @@ def save_hf_pretrained(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
+
+    def opened(like: HfFolder | None) -> LiveModel:
+        held, how = like.shapes if like else None, codec_options(fp8, like)
+        return open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore, **how)
+
+    def cut_over(live: LiveModel) -> GroupOf:
+        used = groups or unwrap(model)[0].pg_collection
+        return lambda shard: used.expt_tp if live.plan.entry(shard.entry).is_expert else used.tp
+
+    return save_live(
+        opened,
+        cut_over,
+        path,
+        family.consistent(config, fields) if config else family.to_hf(fields),
+        source=source,
+        dtype=dtype,
+        fp8=fp8,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        durable=durable,
+        one_writer_per_file=one_writer_per_file,
+        bucket_bytes=bucket_bytes,
+        group=group,
+    )
+
+
+def save_live(
+    opened: Callable[[HfFolder | None], LiveModel],
+    cut_over: Callable[[LiveModel], GroupOf],
+    path: str | Path,
+    config: dict[str, Any],
+    *,
+    source: str | Path | None = None,
+    dtype: str | None = None,
+    fp8: bool = False,
+    max_shard_size: int = 2_000_000_000,
+    overwrite: bool = False,
+    durable: bool = False,
+    one_writer_per_file: bool = False,
+    bucket_bytes: int = 256 * 1024 * 1024,
+    carried: Callable[[LiveModel], Collection[str]] = lambda live: (),
+    group: Any = None,
+) -> SaveReport:
+    """Write whatever `opened` gives as an HF folder; what `save_hf_pretrained` does of a single model.
+
+    Collective over `group`, whose rank `r` is rank `r` of the plan. What is not said here is as there.
+
+    Args:
+        opened: the model matched against its plan, given the folder that the files are to be like.
+        cut_over: of a model, the process group whose ranks hold the other parts of a shard's tensor.
+        config: config.json.
+        carried: of a model, HF names of tensors that it does not have, and that are copied from `source`.
+    """
     group = group or default_group()
     workers = TorchWorkers(group)
     output = real_path(Path(path))
@@ -122,26 +172,26 @@ def save_hf_pretrained(
         if source is not None:
             check_apart(output, Path(source))
         like = open_hf(source) if source is not None else None
-        held, how = like.shapes if like else None, codec_options(fp8, like)
-        return open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore, **how), like
+        return opened(like), like
 
     live, like = jointly(workers, check)
     dtypes = agreed_dtypes(live, dtype, group)
+    others = carried(live)
 
-    layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size))
+    layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size, others))
     _check_agreed(layout, group)
 
     def make_writer() -> SharedFiles | WholeFiles:
         if one_writer_per_file:
-            return WholeFiles(live, layout, group, bucket_bytes)
-        return SharedFiles(live, layout, groups or unwrap(model)[0].pg_collection, dtypes, group)
+            return WholeFiles(live, layout, group, bucket_bytes, others)
+        return SharedFiles(live, layout, cut_over(live), dtypes, group)
 
     writer = jointly(workers, make_writer)
-    written = family.consistent(config, fields) if config else family.to_hf(fields)
-    sent = _write(output, layout, writer, like, written, workers, overwrite=overwrite, durable=durable)
+    copies = _copies(layout, like, others)
+    sent = _write(output, layout, writer, like, copies, config, workers, overwrite=overwrite, durable=durable)
     return SaveReport(
         output=output,
-        tensors=len(as_written(live.plan, dtypes)[0]),
+        tensors=len(as_written(live.plan, dtypes)[0]) + len(others),
         bytes_written=sent.written,
         bytes_sent=sent.sent,
         exchanges=sent.rounds,
@@ -149,10 +199,33 @@ def save_hf_pretrained(
     )
 
 
-def _lay_out(live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max_shard_size: int) -> HfLayout:
+def _lay_out(
+    live: LiveModel, like: HfFolder | None, dtypes: dict[str, str], max_shard_size: int, carried: Collection[str]
+) -> HfLayout:
     if like is not None:
-        return lay_out_like(like, live.plan, dtypes)
+        return lay_out_like(like, live.plan, dtypes, carried)
+    if carried:
+        raise ConfigError(
+            "there is no folder to carry tensors from",
+            where=preview(carried),
+            expected="`source`, the HF folder that has them",
+            got="none",
+            fix="pass `source`, or leave these tensors out",
+        )
     return lay_out_files(*as_written(live.plan, dtypes), max_shard_size)
+
+
+def _copies(layout: HfLayout, like: HfFolder | None, carried: Collection[str]) -> list[Job]:
+    """The copies of carried tensors, each into the file (by its name alone) that has a place for it."""
+    if like is None or not carried:
+        return []
+    jobs: list[Job] = []
+    for file in layout.files:
+        for name in file.tensors.keys() & carried:
+            offset, dtype, shape = file.tensors[name]
+            view = View(name, 0, row_major(shape))
+            jobs.append(Job(Stored(file.name, offset, dtype, shape), ((like.tensors[name], Piece(shape, view, view)),)))
+    return sorted(jobs, key=lambda job: job.target)
 
 
 def _check_agreed(layout: HfLayout, group: Any) -> None:
@@ -177,6 +250,7 @@ def _write(
     layout: HfLayout,
     writer: SharedFiles | WholeFiles,
     like: HfFolder | None,
+    copies: Sequence[Job],
     config: dict[str, Any],
     workers: TorchWorkers,
     *,
@@ -192,158 +266,26 @@ def _write(
         if like is not None:
             copy_files(like.path, carried_files(like), folder)
 
+    def fill(folder: Path, rank: int, size: int) -> Sent:
+        sent = writer.write(folder)
+        whole_files = isinstance(writer, WholeFiles)
+        mine = [job for job in copies if job.target.path in sent.files] if whole_files else share(copies, rank, size)
+        moved = transfer([job._replace(target=_inside(folder, job.target)) for job in mine])
+        opened = {*sent.files, *(job.target.path for job in mine)}
+        written = sent.written + moved.kernel + moved.gathered + moved.staged
+        return sent._replace(written=written, files=tuple(sorted(opened)))
+
     return write_folder(
         output,
         layout.nbytes,
         workers,
         prepare,
-        lambda folder, rank, size: writer.write(folder),
+        fill,
         lambda folder: finish_hf_folder(folder, layout, config, codec=codec, like=like),
         overwrite=overwrite,
         durable=durable,
     )
 
 
-class SharedFiles:
-    """The weight files of a save, each written by all ranks that hold a part of it.
-
-    Args:
-        live: the model.
-        layout: the files.
-        groups: process groups of the model.
-        dtypes: dtype of every HF tensor before it is quantised.
-        group: all ranks of the model.
-    """
-
-    def __init__(self, live: LiveModel, layout: HfLayout, groups: Any, dtypes: Mapping[str, str], group: Any) -> None:
-        self.live, self._layout, self._groups = live, layout, groups
-        self._dtypes, self._group = dtypes, group
-        self._scales: Mapping[str, Tensor] = {}
-        self._written = self._sent = self._exchanges = 0
-        self._opened: set[str] = set()
-        self._failure: Exception | None = None
-
-    def create(self, folder: Path) -> None:
-        """Make all files, at their full size. For one rank, before the others write."""
-        create_weight_files(folder, self._layout)
-        self._opened |= {file.name for file in self._layout.files}
-
-    def write(self, folder: Path) -> Sent:
-        """Write what this rank owns, shard by shard. Collective over each tensor-parallel group.
-
-        An error waits for the end: the others of the group still expect exchanges.
-        """
-        places = {
-            name: (folder / file.name, offset, dtype)
-            for file in self._layout.files
-            for name, (offset, dtype, _) in file.tensors.items()
-        }
-        self._places = {name: [place] for name, place in places.items()}
-        codec = self.live.plan.codec
-        for name, copy in self.live.plan.copies.items():
-            if name in places:
-                self._places[copy.of].append(places[name])
-            if codec is not None and codec.scale_name(name) in places:
-                self._places[codec.scale_name(copy.of)].append(places[codec.scale_name(name)])
-        if self.live.plan.codec is not None:
-            self._scales = agreed_scales(self.live, dict(self._dtypes), self._group)
-        with ExitStack() as stack:
-            self._files = OpenFiles(stack)
-            for number, shard in enumerate(self.live.shards):
-                if takes_turn(self.live.plan, self.live.rank, number, shard):
-                    self._save(shard)
-        if self._failure is not None:
-            raise self._failure
-        return Sent(self._written, self._sent, self._exchanges, tuple(sorted(self._opened)))
-
-    def _save(self, shard: Shard) -> None:
-        entry = self.live.plan.entry(shard.entry)
-        group = self._groups.expt_tp if entry.is_expert else self._groups.tp
-        tensor = flat(self.live.tensor(shard))
-        if entry.split is None or entry.split.dim == 0 or group.size() == 1:
-            self._guarded(tensor, shard.pieces, entry.shift)
-            return
-        rows, box = exchange(tensor.view(shard.shape), entry.shape, group.rank(), group.size(), group)
-        self._exchanges += 1
-        self._sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
-        whole = entry.instance(entry.pieces, shard.layer, shard.expert)
-        at = (0,) * len(box.shape)
-        cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
-        self._guarded(flat(rows), cut, entry.shift)
-
-    def _guarded(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
-        """Write, unless a write failed before."""
-        if self._failure is not None:
-            return
-        try:
-            self._write(tensor.float() - shift if shift else tensor, pieces)
-        except Exception as error:
-            self._failure = error
-
-    def _write(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
-        encoded = [piece for piece in pieces if piece.source.tensor in self._scales]
-        for piece in encoded:
-            self._write_quantised(cast(tensor, self._dtypes[piece.source.tensor]), piece)
-        held: dict[str, memoryview] = {}
-        for piece in (piece for piece in pieces if piece not in encoded):
-            back = piece.inverse()
-            for path, offset, dtype in self._places[back.target.tensor]:
-                data, itemsize = held.get(dtype), dtype_of(dtype).itemsize
-                if data is None:
-                    data = held[dtype] = _bytes(tensor, dtype)
-                self._opened.add(path.name)
-                descriptor = self._files.descriptor(str(path), write=True)
-                for at_source, at_target, length in runs(back):
-                    part = data[at_source * itemsize : (at_source + length) * itemsize]
-                    self._written += write_all(descriptor, part, offset + at_target * itemsize)
-
-    def _write_quantised(self, tensor: Tensor, piece: Piece) -> None:
-        """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
-        codec, name = self.live.plan.codec, piece.source.tensor
-        assert codec is not None
-        shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
-        codes, back = quantised(tensor, piece.inverse(), shape, scales, codec)
-        data = codes.cpu().view(torch_dtype("U8")).numpy().data
-        for at_source, at_target, length in runs(back):
-            self._put(name, at_target, data[at_source : at_source + length])
-        if back.target.offset == 0:
-            flat_scales = scales.contiguous().cpu().view(-1).view(torch_dtype("U8")).numpy().data
-            self._put(codec.scale_name(name), 0, flat_scales)
-
-    def _put(self, name: str, at: int, data: memoryview) -> None:
-        """Write bytes into a tensor, everywhere in the files that it lies."""
-        for path, offset, _ in self._places[name]:
-            self._opened.add(path.name)
-            self._written += write_all(self._files.descriptor(str(path), write=True), data, offset + at)
-
-
-def _bytes(tensor: Tensor, dtype: str) -> memoryview:
-    """The elements of a flat tensor as the bytes of a file."""
-    import torch
-
-    return cast(tensor, dtype).cpu().view(torch.uint8).numpy().data
-
-
-def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:
-    """Trade columns for rows: from a shard split along dim 1 to a band of whole rows.
-
-    Collective over `group`, whose rank `r` holds the r-th part of dim 1.
-
-    Args:
-        local: this rank's shard [R, C / size].
-        shape: shape of the whole tensor, (R, C).
-
-    Returns:
-        This rank's rows [R / size, C], contiguous, and where they lie in the whole tensor. Bands differ by
-        one row where `size` does not divide R.
-    """
-    import torch
-    import torch.distributed as dist
-
-    counts = [(shape[0] * (r + 1)) // size - (shape[0] * r) // size for r in range(size)]
-    start = shape[0] * rank // size
-    mine = counts[rank]
-    received = torch.empty(size * mine, local.shape[1], dtype=local.dtype, device=local.device)
-    dist.all_to_all_single(received, local.contiguous(), [mine] * size, counts, group=group)
-    rows = received.view(size, mine, -1).transpose(0, 1).reshape(mine, -1)
-    return rows, Box((start, 0), (mine, shape[1]))
+def _inside(folder: Path, stored: Stored) -> Stored:
+    return stored._replace(path=str(folder / stored.path))

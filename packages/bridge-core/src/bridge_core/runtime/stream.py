@@ -163,7 +163,7 @@ class Stream:
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor([self.live.rank + 1 if failed else 0], device=self._device)
+        flag = torch.tensor([self.group.rank() + 1 if failed else 0], device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         self.collectives += 1
         self._told = bool(flag.item())

@@ -1,0 +1,95 @@
+"""What one rank holds of a plan: its parameters, the pieces that fill them, and who else has the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from bridge_core.geometry import Box, Piece, Shape
+from bridge_core.patterns import at_layer
+from bridge_core.plan.entries import Entry
+from bridge_core.plan.placement import DECODER_LAYERS, EMBEDDING, OUTPUT
+from bridge_core.topology import PipelineStage
+
+if TYPE_CHECKING:
+    from bridge_core.plan.plan import Plan
+
+
+class Shard(NamedTuple):
+    """One parameter of one rank, and the pieces of HF tensors that it holds.
+
+    Attributes:
+        param: name in the rank's model chunk, with local layer and expert numbers.
+        chunk: virtual pipeline stage, the index in the list of model chunks.
+        name: canonical Megatron name, with global numbers.
+        shape: local shape.
+        pieces: HF tensor (source) to the local parameter (target).
+        pad: regions of the local parameter that no HF element fills.
+        entry, layer, expert: the plan's entry that it is an instance of, and its global numbers.
+    """
+
+    param: str
+    chunk: int
+    name: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    pad: tuple[Box, ...]
+    entry: str
+    layer: int
+    expert: int
+
+
+class LocalForm(NamedTuple):
+    """An entry as one tensor-parallel coordinate holds it, holes open."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    blocks: tuple[tuple[Box, Shape], ...]
+    pad: tuple[Box, ...]
+
+
+def shards_of(
+    entry: Entry, form: LocalForm, stage: PipelineStage, layers: Iterable[int], experts: range
+) -> Iterator[Shard]:
+    local = OUTPUT if entry.name == EMBEDDING and not stage.has_embedding else entry.name
+    offset = stage.layer_offset if entry.block == DECODER_LAYERS else 0
+    for layer in layers:
+        names, params = at_layer(entry.name, layer), at_layer(local, layer - offset)
+        for expert in experts:
+            param = str(expert - experts.start).join(params)
+            pieces = tuple(entry.instance(form.pieces, layer, expert, param))
+            name = str(expert).join(names)
+            yield Shard(param, stage.vp_stage, name, form.shape, pieces, form.pad, entry.name, layer, expert)
+
+
+def local_padding(entry: Entry, blocks: tuple[tuple[Box, Shape], ...]) -> tuple[Box, ...]:
+    if entry.padding is None:
+        return ()
+    found: list[Box] = []
+    for box, at in blocks:
+        begin = max(box.start[0], entry.padding.start[0])
+        rows = box.start[0] + box.shape[0] - begin
+        if rows > 0:
+            found.append(Box((begin - box.start[0] + at[0], *at[1:]), (rows, *box.shape[1:])))
+    return tuple(found)
+
+
+def copy_of(plan: Plan, rank: int, shard: Shard) -> tuple[int, int]:
+    """`Plan.copy_of`."""
+    layout, coords = plan.layout, plan.layout.coords(rank)
+    entry = plan.entry(shard.entry)
+    if entry.is_expert:
+        number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
+    else:
+        number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
+        axis, size = coords.tp, layout.tp
+    if entry.split is None:  # every tensor-parallel rank holds all of it
+        number, copies = number * size + axis, copies * size
+    return number, copies
+
+
+def is_second_copy(plan: Plan, rank: int, shard: Shard) -> bool:
+    """`Plan.is_second_copy`."""
+    if shard.name != EMBEDDING:
+        return False
+    return not plan.placement.stage(plan.layout.coords(rank).pp, shard.chunk).pre_process

@@ -1,0 +1,119 @@
+"""A live `MimoModel`, seen as the plan sees it: this rank's components, and their tensors under `MimoModel`'s names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.errors import ConfigError, CoverageError, LayoutError
+from bridge_core.geometry import Shape
+from bridge_core.plan import Shard
+from bridge_core.runtime.live import LiveModel, matched, padded_vocab, stored, unwrap
+from bridge_core.runtime.shared_files import GroupOf
+from bridge_mimo.components import Components
+from bridge_mimo.layout import LANGUAGE
+from bridge_mimo.plan import MimoPlan
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from bridge_mimo.runtime.groups import MimoGroups
+
+
+def open_mimo(
+    model: Any,
+    components: Components,
+    groups: MimoGroups,
+    *,
+    inventory: Mapping[str, Shape] | None = None,
+    ignore: Sequence[str] = (),
+) -> LiveModel:
+    """Match a live `MimoModel` against its plan, before any byte is copied. Nothing is communicated.
+
+    Adapters on its layers (`<layer>.adapter.<...>`) are left alone: what is matched is the base model.
+
+    Args:
+        model: the `MimoModel`, its components wrapped or not.
+        components: of the HF model.
+        groups: of the model.
+        inventory, ignore: as for a `MimoPlan`.
+
+    Returns:
+        The model with the names of `MimoModel`; its rank is that of the world, its plan a `MimoPlan`.
+
+    Raises:
+        CoverageError: a component has other parameters, or of other shapes, than the plan; or is not there at all.
+        LayoutError: the groups do not divide the model.
+    """
+    import torch.distributed as dist
+
+    parts = modules_of(model, groups)
+    named = {(0, prefix + name): tensor for prefix, module in parts.values() for name, tensor in stored(module)}
+    padded = None
+    if LANGUAGE in parts:
+        own = {(0, name): tensor for name, tensor in stored(parts[LANGUAGE][1])}
+        padded = padded_vocab(own, groups.mine[LANGUAGE].tp.size(), components.fields["vocab_size"])
+    plan = MimoPlan(
+        components,
+        groups.layouts,
+        colocated=groups.colocated,
+        padded_vocab=padded,
+        inventory=inventory,
+        ignore=ignore,
+    )
+    return matched(plan, dist.get_rank(), named)
+
+
+def modules_of(model: Any, groups: MimoGroups) -> dict[str, tuple[str, Module]]:
+    """This rank's components: what names below each begin with in a bare `MimoModel`, and the bare module.
+
+    Raises:
+        CoverageError: the model lacks a component of this rank.
+    """
+    found: dict[str, tuple[str, Module]] = {}
+    for name in groups.mine:
+        path = "language_model" if name == LANGUAGE else f"modality_submodules.{name}"
+        module = model.language_model if name == LANGUAGE else dict(model.modality_submodules.items()).get(name)
+        if module is None:
+            raise CoverageError(
+                "the live model does not have a component that its groups say",
+                where=f"component {name}",
+                expected=path,
+                got="nothing",
+                fix="build the model with the same groups (MimoProvider.provide)",
+            )
+        found[name] = (f"{path}.", unwrap(module)[0])
+    return found
+
+
+def groups_of(model: Any, groups: MimoGroups | None = None) -> MimoGroups:
+    """The groups given, or those that the model was built with.
+
+    Raises:
+        ConfigError: it does not know them.
+        LayoutError: this rank has no component.
+    """
+    found = groups or getattr(model, "mimo_groups", None)
+    if found is None:
+        raise ConfigError(
+            "the model does not know the process groups of its components",
+            where=type(model).__name__,
+            expected="a MimoModel from MimoProvider.provide, or `groups`",
+            got="neither",
+            fix="pass groups=make_groups(layouts)",
+        )
+    if not found.mine:
+        raise LayoutError("this rank has no component", where=", ".join(found.layouts), fix="leave no rank idle")
+    return found
+
+
+def cut_over(live: LiveModel, groups: MimoGroups) -> GroupOf:
+    """Of a shard, the tensor-parallel group of its component."""
+    plan = live.plan
+    assert isinstance(plan, MimoPlan)
+
+    def group_of(shard: Shard) -> Any:
+        mine = groups.mine[plan.component_by_entry[shard.entry]]
+        return mine.expt_tp if plan.entry(shard.entry).is_expert else mine.tp
+
+    return group_of

@@ -1,0 +1,195 @@
+"""From a model's fields and its components' layouts to mcore's `MimoModel`: settings as data, built when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.errors import ConfigError
+from bridge_core.families import Fields
+from bridge_core.runtime.layer_specs import Spec
+from bridge_core.runtime.provider import Provider
+from bridge_mimo.components import Components
+from bridge_mimo.layout import LANGUAGE, ComponentLayout
+from bridge_mimo.runtime.groups import MimoGroups, check_live, make_groups, takes_grids
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo import MimoModel
+    from megatron.core.models.mimo.config import MimoModelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+_SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+_PIPELINE = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)
+# Where config.json of a Qwen3.5 says nothing (transformers 5.23, models/qwen3_5/modeling_qwen3_5.py,
+# `Qwen3_5TextRotaryEmbedding`).
+_MROPE_SECTION = (11, 11, 10)
+
+
+class MimoProvider:
+    """Settings of a multimodal model, and the way to build it. Made by `MegatronMIMOBridge.to_megatron_mimo_provider`.
+
+    Building reads the settings and changes none: what is derived from them lives in the model alone.
+
+    Args:
+        components: of the model.
+        layouts: by component, filled in (`auto_fill_layout`).
+        spec: which modules layers are made of, as for core's `Provider`.
+
+    Attributes:
+        language: core's provider of the language model, prediction layers and all, to be changed like any; its
+            parallel sizes are those of `layouts` whenever a component is built of it.
+        towers: settings of every other component, to be changed: fields of `TransformerConfig`.
+        special_token_ids: by component, the token that its embeddings take the place of.
+        layouts: by component.
+    """
+
+    def __init__(
+        self, components: Components, layouts: Mapping[str, ComponentLayout], *, spec: Spec | None = None
+    ) -> None:
+        fields = components.fields
+        self.components = components
+        self.layouts = dict(layouts)
+        self.language = Provider(fields, spec=spec)
+        self.towers: dict[str, dict[str, Any]] = {name: {} for name in components.names if name != LANGUAGE}
+        self.special_token_ids = {name: token for name in self.towers if (token := _token(fields, name)) is not None}
+
+    def make_groups(self, *, timeout_s: float = 600.0) -> MimoGroups:
+        """The process groups of all components. Collective over the default group; see `runtime.groups.make_groups`."""
+        return make_groups(self.layouts, timeout_s=timeout_s)
+
+    def provide(self, groups: MimoGroups | None = None) -> MimoModel:
+        """This rank's components in mcore's `MimoModel`. Collective over the default group.
+
+        Prediction layers are left out: `MimoModel` gives its language model embeddings in place of tokens, which
+        these layers need (0.19.2, models/mimo/model/base.py).
+
+        Args:
+            groups: of the same layouts; by default they are made. The model keeps them as `mimo_groups`.
+
+        Raises:
+            LayoutError: the layouts are not for this run, or not for the installed megatron-core.
+            ConfigError: a setting is refused; or a component is one that nothing here builds.
+        """
+        groups = groups or self.make_groups()
+        check_live(groups)
+        from bridge_mimo.runtime.model import BridgedMimoModel
+
+        language = groups.collections[LANGUAGE]
+        options = {} if language is None else {"tp_group": language.tp, "cp_group": language.cp}
+        model = BridgedMimoModel(self.config(groups), **options)
+        model.mimo_groups = groups
+        return model
+
+    def provide_distributed_model(
+        self, groups: MimoGroups | None = None, *, wrap_with_ddp: bool = False, ddp_config: Any = None
+    ) -> MimoModel:
+        """`provide`, moved to this rank's GPU where there is one, each component wrapped in mcore's DDP if asked to.
+
+        Args:
+            groups: as for `provide`.
+            wrap_with_ddp: wrap the language model and every modality in `DistributedDataParallel`, over the
+                data-parallel ranks of its own component.
+            ddp_config: its `DistributedDataParallelConfig`; by default mcore's defaults.
+        """
+        import torch
+
+        model = self.provide(groups)
+        if torch.cuda.is_available() and self.language.spec != "host":
+            model = model.cuda()
+        if wrap_with_ddp:
+            _wrap(model, ddp_config)
+        return model
+
+    def config(self, groups: MimoGroups) -> MimoModelConfig:
+        """mcore's configuration of these settings, for one rank of some groups."""
+        from megatron.core.models.mimo.config import MimoModelConfig
+
+        options = {"module_to_grid_map": dict(groups.grids)} if takes_grids() else {}
+        return MimoModelConfig(
+            language_model_spec=self.language_spec(groups.collections[LANGUAGE]),
+            modality_submodules_spec={name: self.tower_spec(name, groups.collections[name]) for name in self.towers},
+            special_token_ids=dict(self.special_token_ids),
+            **options,
+        )
+
+    def language_spec(self, groups: ProcessGroupCollection | None) -> ModuleSpec:
+        """The language model of one rank; on ranks that do not have it, its configuration alone."""
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        provider = self.language.copy().apply_overrides(_sizes(self.layouts[LANGUAGE]) | {"mtp_num_layers": None})
+        fields = self.components.fields
+        if mrope := fields.get("position_embedding_type") == "mrope":
+            provider.mrope_section = list(fields.get("mrope_section") or _MROPE_SECTION)
+        config = provider.finalize()
+        params = {"config": config, "max_sequence_length": provider.seq_length}
+        if groups is not None:
+            params = provider.model_arguments(config, groups)
+            # `MimoModel` cuts the sequence itself, after images took their places in it.
+            params["scatter_embedding_sequence_parallel"] = False
+        return ModuleSpec(module=_language_class(mrope=mrope), params=params)
+
+    def tower_spec(self, name: str, groups: ProcessGroupCollection | None) -> ModuleSpec:
+        """The modality of one component."""
+        from bridge_mimo.towers import tower_spec, vision_modality_spec
+
+        component = self.components.parts[name]
+        encoders = {}
+        for route in component.routes:
+            at, _, key = route.target_module_path.rpartition(".")
+            if at != f"modality_submodules.{name}.encoders" or not self.components.fields.get("vision_num_layers"):
+                raise ConfigError(
+                    "it is not known how to build a component",
+                    where=f"component {name}: {route.target_module_path}",
+                    expected=f"a vision tower of a Qwen model, at modality_submodules.{name}.encoders",
+                    got=f"a tower of the {self.components.family.name} family",
+                    fix="build the MimoModel yourself and give it to load_hf_weights",
+                )
+            settings = _sizes(self.layouts[name], dense=True) | self.towers[name]
+            encoders[key] = tower_spec(self.components.fields, settings, groups=groups, spec=self.language.spec)
+        return vision_modality_spec(encoders, groups=groups)
+
+
+def _sizes(layout: ComponentLayout, *, dense: bool = False) -> dict[str, Any]:
+    """Settings of a layout; without those of experts for a component that has none."""
+    own = layout.parallel
+    wanted = {name: option for name, option in _SIZES.items() if not dense or name in ("tp", "pp", "cp")}
+    found = {option: getattr(own, name) for name, option in wanted.items()}
+    return found | {name: value for name in _PIPELINE if (value := getattr(own, name)) is not None}
+
+
+def _token(fields: Fields, component: str) -> int | None:
+    """The placeholder of a component's embeddings: `image_token_id` for `images`."""
+    return fields.get(f"{component.removesuffix('s')}_token_id")
+
+
+def _language_class(*, mrope: bool) -> type:
+    if mrope:
+        from bridge_mimo.runtime.language import MropeGPTModel
+
+        return MropeGPTModel
+    from megatron.core.models.gpt import GPTModel
+
+    return GPTModel
+
+
+def _wrap(model: Any, ddp_config: Any) -> None:
+    """Wrap this rank's components in DDP, in place."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    for name, groups in model.mimo_groups.mine.items():
+        where, key = (model._modules, "language_model") if name == LANGUAGE else (model.modality_submodules, name)
+        module = where[key]
+        config = module.config if name == LANGUAGE else next(iter(module.encoders.values())).config
+        options = ddp_config or DistributedDataParallelConfig()
+        where[key] = DistributedDataParallel(config, options, module, pg_collection=groups)

@@ -1,0 +1,74 @@
+"""HF weights into components on ranks of their own, and out again: equal to the bit, every rank its own bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="the oracle is transformers")
+
+from live_mimo_jobs import round_trip  # noqa: E402
+
+from bridge_core import AutoBridge, verify  # noqa: E402
+from bridge_core.checkpoint.hf_folder import open_hf  # noqa: E402
+from bridge_core.testing.hf_layouts import save_published  # noqa: E402
+from bridge_core.testing.hf_models import make_model  # noqa: E402
+from bridge_mimo import ComponentLayout, MimoPlan, auto_fill_layout  # noqa: E402
+from bridge_mimo.components import Components  # noqa: E402
+
+CASES = {
+    "language tp2, images tp1": ("qwen3_5", 3, {"language": {"tp": 2, "dp": 1}, "images": {"dp": 1}}),
+    "language tp2, images tp2": ("qwen3_vl", 4, {"images": {"tp": 2}, "language": {"tp": 2}}),
+    "experts ep2, images tp2": ("qwen3_vl_moe", 4, {"language": {"ep": 2, "dp": 2}, "images": {"tp": 2}}),
+    "language pp2, images pp2": ("qwen3_5_moe", 4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2}}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hf_weights_go_into_components_and_out_again(rank_pool, tmp_path, case):
+    name, ranks, layouts = CASES[case]
+    folder = save_published(make_model(name), tmp_path / "hf")
+    out = tmp_path / "out"
+    results = rank_pool.run(round_trip, str(folder), layouts, str(out), ranks=range(ranks))
+    check(results, folder, out, layouts)
+
+
+def check(results, folder, out, layouts, *, colocated=False):
+    assert not any(result["reads"] for result in results)
+    assert (folder / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    found = verify(folder, out)
+    assert found.ok, found
+    hf = open_hf(folder)
+    kept = {name: tensor for name, tensor in load(folder).items() if not name.startswith("mtp.")}
+    for result in results:
+        assert list(result["stream"]) == result["again"] == list(results[0]["stream"])
+        assert result["stream"].keys() == kept.keys()
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in result["stream"].items())
+        assert [meta.name for meta in result["metadata"]] == result["again"]
+        assert all(name.startswith("mtp.") for name in result["loaded"].ignored)
+    written = sum(result["saved"].bytes_written for result in results)
+    assert written == sum(tensor.nbytes for tensor in hf.tensors.values())
+    plan = plan_of(folder, layouts, len(results), colocated=colocated)
+    for rank, result in enumerate(results):
+        mine = [piece for shard in plan.local_shards(rank) for piece in shard.pieces]
+        assert result["loaded"].bytes_read == sum(piece.numel * 4 for piece in mine)
+
+
+def plan_of(folder, layouts, ranks, *, colocated):
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    wanted = {name: ComponentLayout(**sizes) for name, sizes in layouts.items()}
+    filled = auto_fill_layout(wanted, ranks, colocated=colocated)
+    return MimoPlan(
+        Components.of(bridge.family, bridge.fields),
+        filled,
+        colocated=colocated,
+        make_vocab_size_divisible_by=16,
+        inventory=open_hf(folder).shapes,
+    )
+
+
+def load(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
