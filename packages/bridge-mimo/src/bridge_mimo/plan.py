@@ -58,7 +58,7 @@ class ComponentPlan:
         for shard in self.plan.iter_local_shards(self.local_rank(rank)):
             param = self.component.target(shard.entry, shard.param)
             pieces = tuple(piece._replace(target=piece.target._replace(tensor=param)) for piece in shard.pieces)
-name, entry = self.component.target(shard.entry, shard.name), self.component.targets[shard.entry]
+            name, entry = self.component.target(shard.entry, shard.name), self.component.targets[shard.entry]
             yield shard._replace(param=param, name=name, pieces=pieces, entry=entry)
 
     def own(self, shard: Shard) -> Shard:
