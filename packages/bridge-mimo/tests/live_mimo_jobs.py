@@ -39,9 +39,10 @@ def build(components, layouts):
 
 def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False, bucket_bytes: int = 60_000):
     """Load, save, stream with mcore's global state poisoned: what each step said on this rank."""
+    from runtime.helpers import poisoned_parallel_state
+
     from bridge_core.runtime.host import host_backend
     from bridge_mimo.runtime import weights
-    from runtime.helpers import poisoned_parallel_state
 
     components, filled = opened(path, layouts, colocated=colocated)
     with host_backend(), poisoned_parallel_state(UNUSED) as reads:

@@ -109,11 +109,16 @@ def groups_of(model: Any, groups: MimoGroups | None = None) -> MimoGroups:
 
 def cut_over(live: LiveModel, groups: MimoGroups) -> GroupOf:
     """Of a shard, the tensor-parallel group of its component."""
-    plan = live.plan
-    assert isinstance(plan, MimoPlan)
+    plan = mimo_plan(live)
 
     def group_of(shard: Shard) -> Any:
         mine = groups.mine[plan.component_by_entry[shard.entry]]
         return mine.expt_tp if plan.entry(shard.entry).is_expert else mine.tp
 
     return group_of
+
+
+def mimo_plan(live: LiveModel) -> MimoPlan:
+    """The plan of a model from `open_mimo`."""
+    assert isinstance(live.plan, MimoPlan)
+    return live.plan

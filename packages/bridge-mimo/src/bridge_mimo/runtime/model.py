@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from megatron.core.models.mimo import MimoModel  # noqa: TID253 - base class
 from megatron.core.models.mimo.comm.colocated_communicator import (  # noqa: TID253 - base class
     BridgeDirection,
     ColocatedBridgeCommunicator,
@@ -16,13 +15,14 @@ from megatron.core.models.mimo.comm.colocated_communicator import (  # noqa: TID
 
 from bridge_core.errors import LayoutError
 from bridge_mimo.layout import LANGUAGE
+from bridge_mimo.towers.deepstack import DeepstackMimoModel
 
 if TYPE_CHECKING:
     from bridge_mimo.runtime.groups import MimoGroups
 
 
-class BridgedMimoModel(MimoModel):
-    """`MimoModel` that knows the groups of its components.
+class BridgedMimoModel(DeepstackMimoModel):
+    """`MimoModel`, with deepstack where a tower has it, that knows the groups of its components.
 
     Attributes:
         mimo_groups: groups of all components; set by whoever built the model.

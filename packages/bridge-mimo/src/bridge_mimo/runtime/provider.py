@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError
@@ -36,6 +37,10 @@ _PIPELINE = (
 _MROPE_SECTION = (11, 11, 10)
 
 
+ModalitySpec = Callable[[Fields, dict[str, Any], Any, Spec], Any]
+"""Fields of the model, settings of the component, its groups, kind of modules -> `ModuleSpec` of its modality."""
+
+
 class MimoProvider:
     """Settings of a multimodal model, and the way to build it. Made by `MegatronMIMOBridge.to_megatron_mimo_provider`.
 
@@ -50,6 +55,9 @@ class MimoProvider:
         language: core's provider of the language model, prediction layers and all, to be changed like any; its
             parallel sizes are those of `layouts` whenever a component is built of it.
         towers: settings of every other component, to be changed: fields of `TransformerConfig`.
+        modality_specs: by component, a function that makes the spec of its modality from the model's fields, the
+            settings with those of its layout, its groups on this rank (None on others) and the kind of modules; for
+            components that this package has no tower for, or to use another one.
         special_token_ids: by component, the token that its embeddings take the place of.
         layouts: by component.
     """
@@ -62,7 +70,14 @@ class MimoProvider:
         self.layouts = dict(layouts)
         self.language = Provider(fields, spec=spec)
         self.towers: dict[str, dict[str, Any]] = {name: {} for name in components.names if name != LANGUAGE}
+        self.modality_specs: dict[str, ModalitySpec] = {}
         self.special_token_ids = {name: token for name in self.towers if (token := _token(fields, name)) is not None}
+
+    @property
+    def deepstack(self) -> dict[str, int]:
+        """How many of the language model's first layers each component feeds, where it feeds more than embeddings."""
+        layers = len(self.components.fields.get("vision_deepstack_layers") or ())
+        return {"images": layers} if layers and "images" in self.towers else {}
 
     def make_groups(self, *, timeout_s: float = 600.0) -> MimoGroups:
         """The process groups of all components. Collective over the default group; see `runtime.groups.make_groups`."""
@@ -87,7 +102,7 @@ class MimoProvider:
 
         language = groups.collections[LANGUAGE]
         options = {} if language is None else {"tp_group": language.tp, "cp_group": language.cp}
-        model = BridgedMimoModel(self.config(groups), **options)
+        model = BridgedMimoModel(self.config(groups), **options, deepstack=self.deepstack)
         model.mimo_groups = groups
         return model
 
@@ -140,24 +155,35 @@ class MimoProvider:
         return ModuleSpec(module=_language_class(mrope=mrope), params=params)
 
     def tower_spec(self, name: str, groups: ProcessGroupCollection | None) -> ModuleSpec:
-        """The modality of one component."""
-        from bridge_mimo.towers import tower_spec, vision_modality_spec
+        """The modality of one component.
 
-        component = self.components.parts[name]
-        encoders = {}
-        for route in component.routes:
-            at, _, key = route.target_module_path.rpartition(".")
-            if at != f"modality_submodules.{name}.encoders" or not self.components.fields.get("vision_num_layers"):
-                raise ConfigError(
-                    "it is not known how to build a component",
-                    where=f"component {name}: {route.target_module_path}",
-                    expected=f"a vision tower of a Qwen model, at modality_submodules.{name}.encoders",
-                    got=f"a tower of the {self.components.family.name} family",
-                    fix="build the MimoModel yourself and give it to load_hf_weights",
-                )
-            settings = _sizes(self.layouts[name], dense=True) | self.towers[name]
-            encoders[key] = tower_spec(self.components.fields, settings, groups=groups, spec=self.language.spec)
-        return vision_modality_spec(encoders, groups=groups)
+        Raises:
+            ConfigError: nothing says how to build it.
+        """
+        make = self.modality_specs.get(name) or partial(_qwen_tower, self.components, name)
+        settings = _sizes(self.layouts[name], dense=True) | self.towers[name]
+        return make(self.components.fields, settings, groups, self.language.spec)
+
+
+def _qwen_tower(
+    components: Components, name: str, fields: Fields, settings: dict[str, Any], groups: Any, spec: Spec
+) -> ModuleSpec:
+    """The modality of a Qwen model's images."""
+    from bridge_mimo.towers import tower_spec, vision_modality_spec
+
+    paths = [route.target_module_path.rpartition(".") for route in components.parts[name].routes]
+    if not fields.get("vision_spatial_merge_size") or {at for at, _, _ in paths} != {
+        f"modality_submodules.{name}.encoders"
+    }:
+        raise ConfigError(
+            "it is not known how to build a component",
+            where=f"component {name} of a {components.family.name} model",
+            expected="a vision tower of Qwen3-VL or Qwen3.5, or a function in `modality_specs`",
+            got=", ".join(".".join((at, key)) for at, _, key in paths),
+            fix=f"set provider.modality_specs[{name!r}]",
+        )
+    encoders = {key: tower_spec(fields, settings, groups=groups, spec=spec) for _, _, key in paths}
+    return vision_modality_spec(encoders, groups=groups)
 
 
 def _sizes(layout: ComponentLayout, *, dense: bool = False) -> dict[str, Any]:

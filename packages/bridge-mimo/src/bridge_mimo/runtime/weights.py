@@ -15,7 +15,7 @@ from bridge_core.runtime.save import SaveReport, save_live
 from bridge_core.runtime.stream import Stream
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_mimo.components import Components
-from bridge_mimo.runtime.live import cut_over, groups_of, open_mimo
+from bridge_mimo.runtime.live import cut_over, groups_of, mimo_plan, open_mimo
 
 if TYPE_CHECKING:
     from bridge_mimo.runtime.groups import MimoGroups
@@ -121,7 +121,7 @@ def save_hf_pretrained(
         path,
         family.consistent(config, fields) if config else family.to_hf(fields),
         source=source,
-        carried=lambda live: tuple(live.plan.carried),
+        carried=lambda live: tuple(mimo_plan(live).carried),
         group=group,
         **options,
     )
