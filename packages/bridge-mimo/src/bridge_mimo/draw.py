@@ -1,7 +1,8 @@
-"""A plan as a picture: ranks from left to right, a row per component, bytes in every cell."""
+"""A plan as a picture: ranks from left to right, a row per component, bytes in every tensor-parallel group."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ _MOST = 512
 
 
 def draw_plan(plan: MimoPlan, path: str | Path) -> Path:
-    """Write a picture of who has which rank, and how many bytes; equal neighbours are one cell.
+    """Write a picture of who has which rank, and how many bytes each of them holds.
 
     Args:
         plan: of the model.
@@ -40,11 +41,12 @@ def draw_plan(plan: MimoPlan, path: str | Path) -> Path:
             got=f"{path.suffix or 'no suffix'}, {world} ranks",
         )
     figures = require("matplotlib.figure", extra="draw", package="bridge-mimo")
-    figure = figures.Figure(figsize=(max(6.0, min(24.0, 0.9 * world)), 1.2 + 0.9 * len(plan.components)))
+    width = max(6.0, min(24.0, 0.9 * world))
+    figure = figures.Figure(figsize=(width, 1.2 + 0.9 * len(plan.components)))
     axes = figure.add_subplot()
     for row, (name, part) in enumerate(plan.components.items()):
-        for first, count, cost in _cells(plan, name):
-            _cell(axes, row, first, count, cost, _COLOURS[row % len(_COLOURS)])
+        for cell in _cells(plan, name):
+            _cell(axes, row, cell, _COLOURS[row % len(_COLOURS)], width / world)
         axes.text(-0.2, row, f"{name}\n{part.layout}", ha="right", va="center", fontsize=8)
     axes.set_xlim(0, world)
     axes.set_ylim(len(plan.components) - 0.5, -0.5)
@@ -61,22 +63,22 @@ def draw_plan(plan: MimoPlan, path: str | Path) -> Path:
     return path
 
 
-def _cells(plan: MimoPlan, name: str) -> list[tuple[int, int, RankCost]]:
-    """First rank, number of ranks, and what each of them holds, for neighbours on one pipeline stage."""
-    part = plan.components[name]
-    unit = part.layout.tp
-    found: list[tuple[int, int, RankCost]] = []
-    for rank in range(part.layout.ranks.start, part.layout.ranks.stop, unit):
-        found.append((rank, unit, plan.component_costs(rank)[name]))
-    return found
+def _cells(plan: MimoPlan, name: str) -> Iterator[tuple[int, int, RankCost]]:
+    """First rank and number of ranks of every tensor-parallel group, and what each of them holds."""
+    layout = plan.components[name].layout
+    for rank in range(layout.ranks.start, layout.ranks.stop, layout.tp):
+        yield rank, layout.tp, plan.component_costs(rank)[name]
 
 
-def _cell(axes: Any, row: int, first: int, count: int, cost: RankCost, colour: str) -> None:
-    """One tensor-parallel group: a box with a line between its ranks."""
-    axes.barh(row, count, left=first, height=0.8, color=colour, edgecolor="white", linewidth=2, alpha=0.85)
+def _cell(axes: Any, row: int, cell: tuple[int, int, RankCost], colour: str, inches: float) -> None:
+    """One tensor-parallel group: a box with a mark between its ranks, and a text where there is room for it."""
+    first, count, cost = cell
+    axes.barh(row, count, left=first, height=0.8, align="center", color=colour, edgecolor="white", linewidth=1.5)
     for rank in range(first + 1, first + count):
-        axes.plot([rank, rank], [row - 0.4, row + 0.4], color="white", linewidth=0.6)
-    stage = f"pp {cost.coords.pp}, " if cost.coords.pp else ""
-    axes.text(
-        first + count / 2, row, f"{stage}{in_bytes(cost.nbytes)}", ha="center", va="center", fontsize=8, color="white"
-    )
+        for top in (row - 0.4, row + 0.25):
+            axes.plot([rank, rank], [top, top + 0.15], color="white", linewidth=0.8)
+    if count * inches < 0.6:
+        return
+    stage = f"pp {cost.coords.pp}\n" if cost.coords.pp else ""
+    text = f"{stage}{in_bytes(cost.nbytes)}"
+    axes.text(first + count / 2, row, text, ha="center", va="center", fontsize=8, color="white")
