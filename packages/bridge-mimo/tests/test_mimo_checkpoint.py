@@ -10,7 +10,7 @@ import pytest
 
 from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.hf_folder import open_hf
-from bridge_core.errors import BridgeError, CheckpointError, ConfigError, CoverageError, LayoutError, OutputError
+from bridge_core.errors import CheckpointError, ConfigError, CoverageError, LayoutError, OutputError
 from bridge_mimo import ComponentLayout as C
 from bridge_mimo import MegatronMIMOBridge
 from bridge_mimo.checkpoint.convert import export_ckpt, import_ckpt, verify
@@ -51,7 +51,7 @@ def same_files(a, b):
     for name in names - {"config.json"}:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     first, second = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (a, b))
-    assert first == second
+    assert first | {"dtype": second["dtype"]} == second  # said anew where it was not
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -206,7 +206,7 @@ def test_a_registered_model_goes_there_and_back(tmp_path, monkeypatch):
             "overlap",
         ),
         ({"parallelism": {"language": C(dp=1), "images": C(dp=1)}, "world_size": 4}, LayoutError, "no component"),
-        ({"ignore": ["model.visual.blocks.*.attn.qkv.weight"]}, BridgeError, "linear_qkv"),
+        ({"ignore": ["*.self_attn.q_proj.weight"]}, CoverageError, "part of a Megatron tensor"),
     ],
 )
 def test_nothing_is_written_for_wrong_layouts(published, tmp_path, options, error, text):

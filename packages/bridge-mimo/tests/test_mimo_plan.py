@@ -222,9 +222,9 @@ def test_an_inventory_without_the_prediction_layers_or_with_a_stranger():
     name = next(iter(plan.carried))
     with pytest.raises(CoverageError, match="1 of another shape"):
         plan.audit(held | {name: (1,)})
-    with pytest.raises(CoverageError, match="unexpected 1: model.audio.weight"):
+    with pytest.raises(CoverageError, match=r"unexpected 1: model\.audio\.weight"):
         plan.audit(held | {"model.audio.weight": (1,)})
-    with pytest.raises(CoverageError, match="missing 1: model.visual.patch_embed.proj.bias"):
+    with pytest.raises(CoverageError, match=r"missing 1: model\.visual\.patch_embed\.proj\.bias"):
         plan.audit({n: s for n, s in held.items() if n != "model.visual.patch_embed.proj.bias"})
 
 

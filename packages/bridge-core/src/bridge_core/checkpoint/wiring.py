@@ -283,7 +283,10 @@ def elsewhere(
     names = {
         name for e in plan.entries for name in (t.name for t in e.hf) if any(fnmatchcase(name, p) for p in patterns)
     }
-    absent = [e for e in plan.entries if all(t.name in names for t in e.hf) and not _is_held(e, checkpoint)]
+    allowed = {e.name for e in plan.entries if all(t.name in names for t in e.hf)}
+    absent = [e for e in plan.entries if e.name in allowed and not _is_held(e, checkpoint)]
+    if not any(_is_held(entry, checkpoint) for entry in plan.entries if entry.name not in allowed):
+        return frozenset()  # a checkpoint of something else: what is wrong with it is said later
     wanted = [name for entry in absent for name, _ in entry.hf_names()]
     if missing := [name for name in wanted if source is None or name not in source.tensors]:
         raise CoverageError(
