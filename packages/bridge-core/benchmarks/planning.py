@@ -19,7 +19,7 @@ from bridge_core.topology import ParallelLayout
 
 
 def plan_all(config: dict, sizes: dict) -> dict[str, float]:
-    """Plan, describe, list the shards of a rank, audit, list those of every rank: seconds of each, and what came out."""
+    """Plan, describe, list the shards of a rank, audit, list those of all ranks: seconds of each, and what came out."""
     memory = memory_of("self").anonymous
     times = [time.perf_counter()]
     family = family_for(config)
