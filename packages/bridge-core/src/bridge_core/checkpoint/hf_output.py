@@ -27,18 +27,21 @@ def create_weight_files(folder: Path, layout: HfLayout) -> None:
         create_file(folder / file.name, file.nbytes, file.header)
 
 
-def finish_hf_folder(folder: Path, layout: HfLayout, config: Mapping[str, Any]) -> None:
-    """Write what makes weight files a checkpoint: the index, if there is more than one, and config.json."""
+def finish_hf_folder(folder: Path, layout: HfLayout, config: Mapping[str, Any], *, dtype: str | None = None) -> None:
+    """Write what makes weight files a checkpoint: the index, if there is more than one, and config.json.
+
+    `dtype` is the model's, where most elements of the files are packed and have another.
+    """
     if [file.name for file in layout.files] != [SINGLE]:
         (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-    text = json.dumps(written_config(config, layout), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(written_config(config, layout, dtype=dtype), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def written_config(config: Mapping[str, Any], layout: HfLayout) -> dict[str, Any]:
+def written_config(config: Mapping[str, Any], layout: HfLayout, *, dtype: str | None = None) -> dict[str, Any]:
     """config.json as it goes with the files written: the same, but for the dtype."""
     config = dict(config)
-    written = dtype_of(layout.main_dtype()).torch
+    written = dtype_of(dtype or layout.main_dtype()).torch
     if "torch_dtype" in config:
         config["torch_dtype"] = written
     if "dtype" in config or "torch_dtype" not in config:

@@ -8,11 +8,12 @@ several nodes cannot write one file on get whole files from one rank each (`runt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.files import OpenFiles, write_all
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
@@ -32,6 +33,8 @@ from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,90 +175,107 @@ def _write(
 class SharedFiles:
     """The weight files of a save, each written by all ranks that hold a part of it.
 
+    Who writes other bytes than the parameters' own (packed ones) overrides `save`, and calls `guarded` and `put`.
+
     Args:
         live: the model.
         layout: the files.
         groups: process groups of the model.
+
+    Attributes:
+        written: bytes of tensors that this rank wrote, by HF name.
+        sent: bytes of tensors that it sent to other ranks.
+        exchanges: exchanges between ranks that it took part in.
     """
 
     def __init__(self, live: LiveModel, layout: HfLayout, groups: Any) -> None:
-        self._live, self._layout, self._groups = live, layout, groups
-        self._written = self._sent = self._exchanges = 0
+        self.live, self.layout, self.groups = live, layout, groups
+        self.written: Counter[str] = Counter()
+        self.sent = self.exchanges = 0
         self._opened: set[str] = set()
         self._failure: Exception | None = None
 
     def create(self, folder: Path) -> None:
         """Make all files, at their full size. For one rank, before the others write."""
-        create_weight_files(folder, self._layout)
-        self._opened |= {file.name for file in self._layout.files}
+        create_weight_files(folder, self.layout)
+        self._opened |= {file.name for file in self.layout.files}
 
     def write(self, folder: Path) -> Sent:
         """Write what this rank owns, shard by shard. Collective over each tensor-parallel group.
 
         An error waits for the end: the others of the group still expect exchanges.
         """
-        places = {
+        self._places = {
             name: (folder / file.name, offset, dtype)
-            for file in self._layout.files
+            for file in self.layout.files
             for name, (offset, dtype, _) in file.tensors.items()
         }
-        self._places = {name: [place] for name, place in places.items()}
-        for name, copy in self._live.plan.copies.items():
-            if name in places:
-                self._places[copy.of].append(places[name])
         with ExitStack() as stack:
             self._files = OpenFiles(stack)
-            for number, shard in enumerate(self._live.shards):
-                if takes_turn(self._live.plan, self._live.rank, number, shard):
-                    self._save(shard)
+            for number, shard in enumerate(self.live.shards):
+                if takes_turn(self.live.plan, self.live.rank, number, shard):
+                    self.save(shard)
         if self._failure is not None:
             raise self._failure
-        return Sent(self._written, self._sent, self._exchanges, tuple(sorted(self._opened)))
+        return Sent(self.written.total(), self.sent, self.exchanges, tuple(sorted(self._opened)))
 
-    def _save(self, shard: Shard) -> None:
-        entry = self._live.plan.entry(shard.entry)
-        group = self._groups.expt_tp if entry.is_expert else self._groups.tp
-        tensor = flat(self._live.tensor(shard))
+    def save(self, shard: Shard) -> None:
+        """Write the HF elements of one shard. Collective over the group that splits it."""
+        entry = self.live.plan.entry(shard.entry)
+        group = self.groups.expt_tp if entry.is_expert else self.groups.tp
+        tensor = flat(self.live.tensor(shard))
         if entry.split is None or entry.split.dim == 0 or group.size() == 1:
-            self._guarded(tensor, shard.pieces, entry.shift)
+            self.guarded(lambda: self._write(tensor, shard.pieces, entry.shift))
             return
         rows, box = exchange(tensor.view(shard.shape), entry.shape, group.rank(), group.size(), group)
-        self._exchanges += 1
-        self._sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
+        self.exchanges += 1
+        self.sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
         whole = entry.instance(entry.pieces, shard.layer, shard.expert)
         at = (0,) * len(box.shape)
         cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
-        self._guarded(flat(rows), cut, entry.shift)
+        self.guarded(lambda: self._write(flat(rows), cut, entry.shift))
 
-    def _guarded(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
-        """Write, unless a write failed before."""
-        if self._failure is not None:
-            return
-        try:
-            self._write(tensor.float() - shift if shift else tensor, pieces)
-        except Exception as error:
-            self._failure = error
+    def guarded(self, step: Callable[[], T]) -> T | None:
+        """What `step` returns; None if it fails, or if one failed before. The error waits for the end of `write`."""
+        if self._failure is None:
+            try:
+                return step()
+            except Exception as error:
+                self._failure = error
+        return None
 
-    def _write(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
-        held: dict[str, memoryview] = {}
+    def _write(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
+        tensor = tensor.float() - shift if shift else tensor
+        held: dict[str, Tensor] = {}
         for piece in pieces:
             back = piece.inverse()
-            for path, offset, dtype in self._places[back.target.tensor]:
-                data, itemsize = held.get(dtype), dtype_of(dtype).itemsize
-                if data is None:
-                    data = held[dtype] = _bytes(tensor, dtype)
-                self._opened.add(path.name)
-                descriptor = self._files.descriptor(str(path), write=True)
-                for at_source, at_target, length in runs(back):
-                    part = data[at_source * itemsize : (at_source + length) * itemsize]
-                    self._written += write_all(descriptor, part, offset + at_target * itemsize)
+            for name in self.names(back.target.tensor):
+                dtype = self._places[name][2]
+                if dtype not in held:
+                    held[dtype] = tensor.to(torch_dtype(dtype)).cpu()
+                self.put(name, held[dtype], back)
+
+    def names(self, name: str) -> list[str]:
+        """An HF tensor and those of its copies that are in the files."""
+        copies = [copy for copy, of in self.live.plan.copies.items() if of.of == name]
+        return [found for found in (name, *copies) if found in self._places]
+
+    def put(self, name: str, tensor: Tensor, piece: Piece) -> None:
+        """Write elements of a flat CPU tensor in the file's dtype (the piece's source) to an HF tensor (its target)."""
+        path, offset, dtype = self._places[name]
+        data, itemsize = _bytes(tensor), dtype_of(dtype).itemsize
+        self._opened.add(path.name)
+        descriptor = self._files.descriptor(str(path), write=True)
+        for at_source, at_target, length in runs(piece):
+            part = data[at_source * itemsize : (at_source + length) * itemsize]
+            self.written[name] += write_all(descriptor, part, offset + at_target * itemsize)
 
 
-def _bytes(tensor: Tensor, dtype: str) -> memoryview:
-    """The elements of a flat tensor as the bytes of a file."""
+def _bytes(tensor: Tensor) -> memoryview:
+    """The elements of a flat CPU tensor as the bytes of a file."""
     import torch
 
-    return tensor.to(torch_dtype(dtype)).cpu().view(torch.uint8).numpy().data
+    return tensor.view(torch.uint8).numpy().data
 
 
 def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:
