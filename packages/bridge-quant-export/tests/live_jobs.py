@@ -67,16 +67,15 @@ def give_ranges(chunk: Any, pg: Any, name: str) -> None:
     numbers = {id(layer): layer.layer_number for layer in chunk.decoder.layers}
     for layer in chunk.decoder.layers:
         for path, module in layer.named_modules():
-            place = f"{numbers[id(layer)]}.{re.sub(r'local_experts\.\d+\.', '', path)}"
+            place = f"{numbers[id(layer)]}." + re.sub(r"local_experts\.\d+\.", "", path)
             for which in ("k", "v"):
                 if (found := getattr(module, f"{which}_bmm_quantizer", None)) is not None and found.is_enabled:
                     found.amax = torch.tensor(500.0 + 300 * _number(f"{place}.{which}"))
             inputs = getattr(module, "input_quantizer", None)
             if inputs is None or not module.weight_quantizer.is_enabled:
                 continue
-            if inputs.is_enabled and not inputs._dynamic and inputs.block_sizes is None:
-                inputs.amax = torch.tensor(1.0 + _number(place))
-            elif inputs.is_enabled and name == "nvfp4":
+            per_tensor = not inputs._dynamic and inputs.block_sizes is None
+            if inputs.is_enabled and (per_tensor or name == "nvfp4"):
                 inputs.amax = torch.tensor(1.0 + _number(place))
             if name in _SCALED:
                 _scale_inputs(module, inputs, pg, place)

@@ -91,9 +91,7 @@ def make_manifest(
     layers.check()
     if not made.elements:
         raise CoverageError("the model has no tensor that is not quantised", where=plan.family.name)
-    return Manifest(
-        shapes=made.shapes, dtypes=made.dtypes, layers=layers, dtype=made.elements.most_common(1)[0][0]
-    )
+    return Manifest(shapes=made.shapes, dtypes=made.dtypes, layers=layers, dtype=made.elements.most_common(1)[0][0])
 
 
 def hf_instances(plan: Plan) -> Iterator[tuple[Instance, str, Shape]]:
@@ -140,7 +138,8 @@ class _Made:
     """A manifest in the making."""
 
     def __init__(self, plan: Plan, writer: Writer, dtypes: Mapping[str, str]) -> None:
-        self._plan, self._writer, self._given = plan, writer, dtypes
+        self._plan, self._given = plan, dtypes
+        self._writer: Writer = writer
         self._checked: set[tuple[Format, Shape, str]] = set()
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}

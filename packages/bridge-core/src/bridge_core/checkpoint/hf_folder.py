@@ -85,8 +85,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of an HF folder, or the file itself.
+def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
+    """config.json of an HF folder, or the file itself; of a quantised checkpoint only if asked for.
 
     Raises:
         CheckpointError: there is no such folder, or it has no readable config.json.
@@ -100,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
             fix="check the path; models are not downloaded",
         )
     config = read_json(path / CONFIG if path.is_dir() else path)
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None and not quantized:
         raise ConfigError(
             "quantised checkpoints are not converted",
             where=f"{path}: quantization_config",
@@ -111,15 +111,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def open_hf(path: str | Path) -> HfFolder:
-    """Read the configuration and all headers of an HF checkpoint folder.
+def open_hf(path: str | Path, *, quantized: bool = False) -> HfFolder:
+    """Read the configuration and all headers of an HF checkpoint folder; of a quantised one only if asked for.
 
     Raises:
         CheckpointError: something is missing, truncated, corrupt or contradictory; names the file.
         UnsafeCheckpointError: the index names a file outside of the folder.
     """
     folder = Path(path)
-    config = read_config(folder)
+    config = read_config(folder, quantized=quantized)
     if not folder.is_dir():
         raise CheckpointError(
             "a file was given in place of a folder",

@@ -205,7 +205,7 @@ def _known(live: LiveModel, held: Held) -> Iterator[_Known]:
         if weight.state is None:
             continue
         format, shard = weight.state.format, weight.shard
-        axes: dict[str, Axes] = {name: () for name in format.needs} | (
+        axes: dict[str, Axes] = dict.fromkeys(format.needs, ()) | (
             {"weight": format.amax} if format.amax is not None else {}
         )
         if "pre_quant_scale" in axes:
@@ -225,8 +225,8 @@ def _known(live: LiveModel, held: Held) -> Iterator[_Known]:
             flat = value.detach().float().cpu().reshape(shape)
             yield _Known(weight.instance, field, flat, live.plan.entry(shard.entry), dims, weight.shared)
     for instance, ranges in sorted(held.kv.items()):
-        for which, value in sorted(ranges.items()):
-            flat = value.detach().float().cpu().reshape(-1)
+        for which in sorted(ranges):
+            flat = ranges[which].detach().float().cpu().reshape(-1)
             yield _Known(instance, which, flat, live.plan.entry(instance.entry), is_kv=True)
 
 

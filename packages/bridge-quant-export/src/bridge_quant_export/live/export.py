@@ -114,9 +114,7 @@ def export_quantized(
         if bridge.path is not None:
             check_apart(output, bridge.path)
         inventory = None if like is None else like.shapes
-        live = open_live(
-            model, bridge.family, bridge.fields, groups=groups, inventory=inventory, ignore=bridge.ignore
-        )
+        live = open_live(model, bridge.family, bridge.fields, groups=groups, inventory=inventory, ignore=bridge.ignore)
         return live, read_held(live, chunks), like
 
     live, held, like = jointly(workers, look)

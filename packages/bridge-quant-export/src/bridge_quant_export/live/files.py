@@ -47,7 +47,8 @@ class PackedFiles(SharedFiles):
         self, live: LiveModel, layout: HfLayout, groups: Any, held: Held, *, writer: Writer, kv_at_least_one: bool
     ) -> None:
         super().__init__(live, layout, groups)
-        self._held, self._writer, self._at_least_one = held, writer, kv_at_least_one
+        self._held, self._at_least_one = held, kv_at_least_one
+        self._writer: Writer = writer
         self._states: Mapping[Key, LayerState] = {w.key: w.state for w in held.weights if w.state is not None}
         self._kv = {(w.key): held.kv[w.instance] for w in held.weights if w.instance in held.kv}
         self._gathers = cache(self._gathers_first)
@@ -94,9 +95,7 @@ class PackedFiles(SharedFiles):
         """The packed tensors of the part of an HF tensor that lies in a parameter."""
         known = calibration_of(state.calibration, state.format, region, tuple(parameter.shape))
         weight = in_hf_order(parameter, region)
-        return pack(
-            weight, known, format=state.format, writer=self._writer, whole=region.shape, where=region.name
-        )
+        return pack(weight, known, format=state.format, writer=self._writer, whole=region.shape, where=region.name)
 
     def _save_region(
         self,
@@ -124,18 +123,15 @@ class PackedFiles(SharedFiles):
         self, part: Tensor | None, box: Box, shape: Shape, stored: Stored, tensor: Tensor, group: Any
     ) -> tuple[Tensor, Box]:
         """Packed rows for packed columns. Takes part, with nothing to say, where packing has failed."""
-        if part is None:
-            dtype = tensor.dtype if stored.dtype is None else torch_dtype(stored.dtype)
-            part = torch.zeros(box.shape, dtype=dtype, device=tensor.device)
+        dtype = tensor.dtype if stored.dtype is None else torch_dtype(stored.dtype)
+        given = torch.zeros(box.shape, dtype=dtype, device=tensor.device) if part is None else part
         height = shape[0]
-        flat_rows = part.reshape(height, -1).contiguous().view(torch.uint8)
-        rows, band = exchange(
-            flat_rows, (height, flat_rows.shape[1] * group.size()), group.rank(), group.size(), group
-        )
+        flat_rows = given.reshape(height, -1).contiguous().view(torch.uint8)
+        rows, band = exchange(flat_rows, (height, flat_rows.shape[1] * group.size()), group.rank(), group.size(), group)
         self.exchanges += 1
         self.sent += flat_rows.nbytes - flat_rows.nbytes * band.shape[0] // height
         own = Box((band.start[0], *(0 for _ in shape[1:])), (band.shape[0], *shape[1:]))
-        return rows.view(part.dtype).reshape(own.shape), own
+        return rows.view(given.dtype).reshape(own.shape), own
 
     def _put_all(self, name: str, part: Tensor, box: Box, shape: Shape) -> None:
         """Write a part of a packed tensor, and of those that repeat it."""
@@ -150,7 +146,10 @@ class PackedFiles(SharedFiles):
         """A packed tensor, and those of its copies that are in the files."""
         module, _, suffix = name.rpartition(".")
         copies = [copy for copy, of in self.live.plan.copies.items() if of.of == f"{module}.weight"]
-        return [name, *(f"{module_of(copy)}.{suffix}" for copy in copies if f"{module_of(copy)}.{suffix}" in self._places)]
+        return [
+            name,
+            *(f"{module_of(copy)}.{suffix}" for copy in copies if f"{module_of(copy)}.{suffix}" in self._places),
+        ]
 
     # --- Weights whose cut lies inside a block --------------------------------------------------
 
@@ -198,7 +197,10 @@ class PackedFiles(SharedFiles):
         joined = _joined(parts, blocks, entry.shape, entry.split.dim)
         calibration = state.calibration
         if known is not None:
-            extents = [entry.shape[entry.split.dim] if dim == entry.split.dim else size for dim, size in enumerate(known[0].shape)]
+            extents = [
+                entry.shape[entry.split.dim] if dim == entry.split.dim else size
+                for dim, size in enumerate(known[0].shape)
+            ]
             calibration = Calibration(
                 weight=_joined(known, blocks, tuple(extents), entry.split.dim),
                 weight_2=calibration.weight_2,
@@ -221,9 +223,7 @@ def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape) for part in everything.split(mine.numel())]
 
 
-def _joined(
-    parts: Sequence[Tensor], blocks: Sequence[Sequence[tuple[Box, Shape]]], shape: Shape, dim: int
-) -> Tensor:
+def _joined(parts: Sequence[Tensor], blocks: Sequence[Sequence[tuple[Box, Shape]]], shape: Shape, dim: int) -> Tensor:
     """The whole of a tensor from its parts along a dim; the blocks say which rows (or columns) go where."""
     found = parts[0].new_empty(shape)
     for part, held in zip(parts, blocks, strict=True):

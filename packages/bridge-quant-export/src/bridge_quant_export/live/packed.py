@@ -115,9 +115,7 @@ def calibration_of(known: Calibration, format: Format, region: Region, held: Sha
             got=f"blocks that hold rows of several tensors, or of several ranks, in a weight of {list(held)}",
             fix="leave the layer unquantised, or use a format without blocks of rows",
         )
-    return Calibration(
-        weight=blocks, weight_2=known.weight_2, input=known.input, pre_quant_scale=known.pre_quant_scale
-    )
+    return Calibration(weight=blocks, weight_2=known.weight_2, input=known.input, pre_quant_scale=known.pre_quant_scale)
 
 
 def owns(stored: Stored, box: Box) -> bool:
@@ -131,4 +129,3 @@ def into(shape: Shape, box: Box, name: str) -> Piece:
     strides = row_major(shape)
     offset = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
     return Piece(box.shape, View("", 0, row_major(box.shape)), View(name, offset, strides))
-
