@@ -15,6 +15,12 @@ settings.load_profile("bridge")
 
 pytest.importorskip("torch", reason="packing needs the extra bridge-quant-export[torch]")
 
+# Imported once, before the ranks are forked from the process that did.
+_PRELOAD = (
+    *("torch", "torch.distributed", "megatron.core.models.gpt", "megatron.core.dist_checkpointing"),
+    "modelopt.torch.quantization",
+)
+
 
 @pytest.fixture(scope="session")
 def rank_pool():
@@ -22,7 +28,7 @@ def rank_pool():
     pytest.importorskip("megatron.core", reason="live models need megatron-core")
     from bridge_core.testing.ranks import RankPool
 
-    with RankPool(4, timeout_s=300) as pool:
+    with RankPool(4, timeout_s=300, preload=_PRELOAD) as pool:
         yield pool
 
 

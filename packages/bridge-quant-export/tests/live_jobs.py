@@ -92,8 +92,40 @@ def _scale_inputs(module: Any, inputs: Any, pg: Any, place: str) -> None:
     inputs.pre_quant_scale = whole.chunk(group.size())[group.rank()].clone() if split else whole
 
 
+def disable(chunks: list[Any], layers: tuple[int, ...]) -> None:
+    """Switch off all quantisers of some layers (global numbers)."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if layer.layer_number - 1 in layers:
+                for module in layer.modules():
+                    if isinstance(module, TensorQuantizer):
+                        module.disable()
+
+
 def _number(text: str) -> float:
     return zlib.crc32(text.encode()) / 2**32
+
+
+def build_loaded(bridge: Any, layout: dict[str, Any], spec: str, *, grouped: bool) -> tuple[Any, list[Any]]:
+    """Groups and chunks of a layout, with the bridge's weights.
+
+    mcore's attention refuses context parallelism without Transformer Engine. Weights do not know of it: the model is
+    built as without, and has the groups of a layout with it.
+    """
+    from bridge_core.testing.mcore_jobs import build
+    from bridge_core.testing.rank_worker import groups
+
+    settings = dict(layout) if grouped else layout | {"moe_grouped_gemm": False}
+    cp = settings.pop("cp", 1)
+    settings["dp"] = settings.get("dp", 1) * cp
+    _, pg, chunks = build(bridge.fields, settings, spec=spec, vocab_divisible_by=16)
+    if cp > 1:
+        sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "dp") if name in layout}
+        pg = groups(**sizes, cp=cp)
+    bridge.load_hf_weights(chunks, groups=pg)
+    return pg, chunks
 
 
 def export(
@@ -105,15 +137,19 @@ def export(
     spec: str = "host",
     kv: bool = False,
     grouped: bool = True,
+    skip: tuple[int, ...] = (),
     options: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """Quantise and export to `out/{format}-{writer}`, for each pair of both; the reports."""
+    """Quantise and export to `out/{format}-{writer}`, for each pair of both; the reports.
+
+    Args:
+        skip: layers (global numbers) that are left unquantised.
+    """
     import logging
     import warnings
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import build
     from bridge_quant_export import export_quantized
 
     warnings.simplefilter("ignore")
@@ -122,10 +158,9 @@ def export(
     reports = []
     with host_backend():
         for name in dict.fromkeys(name for name, _ in formats):
-            settings = layout if grouped else layout | {"moe_grouped_gemm": False}
-            _, pg, chunks = build(bridge.fields, settings, spec=spec, vocab_divisible_by=16)
-            bridge.load_hf_weights(chunks)
+            pg, chunks = build_loaded(bridge, layout, spec, grouped=grouped)
             quantise(chunks, pg, name, kv=kv)
+            disable(chunks, skip)
             for writer in [writer for other, writer in formats if other == name]:
                 reports.append(
                     export_quantized(
@@ -133,3 +168,162 @@ def export(
                     )
                 )
     return reports
+
+
+# --- What goes wrong ---------------------------------------------------------------------------
+
+
+def _linear(chunks: list[Any]) -> Any:
+    """The first linear of the feed-forward network of a rank's first layer."""
+    return chunks[0].decoder.layers[0].mlp.linear_fc1
+
+
+def _scaled(quantizer: Any, factor: float) -> None:
+    quantizer.amax = quantizer.amax * factor
+
+
+SPOILS = {
+    "input not calibrated": lambda chunks: _linear(chunks).input_quantizer.reset_amax(),
+    "input differs": lambda chunks: _scaled(_linear(chunks).input_quantizer, 2.0),
+    "weight differs": lambda chunks: _scaled(_linear(chunks).weight_quantizer, 2.0),
+    "input is zero": lambda chunks: _scaled(_linear(chunks).input_quantizer, 0.0),
+    "input is nan": lambda chunks: _scaled(_linear(chunks).input_quantizer, float("nan")),
+    "weight is infinite": lambda chunks: _scaled(_linear(chunks).weight_quantizer, float("inf")),
+    "not quantised here": lambda chunks: _linear(chunks).weight_quantizer.disable(),
+    "output quantised": lambda chunks: _linear(chunks).output_quantizer.enable(),
+    "weight is nan": lambda chunks: _linear(chunks).weight.data[3].fill_(float("nan")),
+}
+
+
+def refuse(
+    path: str,
+    layout: dict[str, Any],
+    out: str,
+    spoil: str,
+    *,
+    name: str = "fp8",
+    everywhere: bool = False,
+    options: dict[str, Any] | None = None,
+) -> str:
+    """Export after the last rank (or each) spoiled its model; what this rank is told."""
+    import warnings
+
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_quant_export import export_quantized
+    from bridge_quant_export.live import files
+
+    warnings.simplefilter("ignore")
+    last = everywhere or dist.get_rank() == dist.get_world_size() - 1
+    bridge = AutoBridge.from_hf_pretrained(path)
+    original_pack, original_put = files.pack, files.PackedFiles.put
+    with host_backend():
+        pg, chunks = build_loaded(bridge, layout, "host", grouped=True)
+        if spoil != "not quantised":
+            quantise(chunks, pg, name)
+        if last and spoil in SPOILS:
+            SPOILS[spoil](chunks)
+        if last and spoil == "packing fails":
+            files.pack = _no_memory
+        if last and spoil == "a tensor is forgotten":
+            files.PackedFiles.put = _forgetful(original_put)
+        try:
+            export_quantized(chunks, out, bridge=bridge, groups=pg, **(options or {}))
+        except (BridgeError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            files.pack, files.PackedFiles.put = original_pack, original_put
+    return "no error"
+
+
+def _no_memory(*args: Any, **kwargs: Any) -> None:
+    raise MemoryError("no memory left on this rank")
+
+
+def _forgetful(put: Any) -> Any:
+    def some(self: Any, name: str, tensor: Any, piece: Any) -> None:
+        if not name.endswith("layers.2.mlp.down_proj.weight"):
+            put(self, name, tensor, piece)
+
+    return some
+
+
+def uncalibrated_experts(path: str, layout: dict[str, Any], out: str, name: str, policy: str) -> tuple[str, Any]:
+    """Export after expert 1 of layer 2 was never reached, wherever it is; `SequentialMLP`, a quantiser for each expert.
+
+    Returns:
+        What this rank was told, and its report.
+    """
+    import warnings
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_quant_export import export_quantized
+
+    warnings.simplefilter("ignore")
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        pg, chunks = build_loaded(bridge, layout, "host", grouped=False)
+        quantise(chunks, pg, name)
+        for chunk in chunks:
+            for layer in chunk.decoder.layers:
+                if layer.layer_number == 3:
+                    experts = layer.mlp.experts.local_experts
+                    first = pg.ep.rank() * len(experts)
+                    for number, expert in enumerate(experts, first):
+                        _scaled(expert.linear_fc1.input_quantizer, 1 + number)
+                        if number == 1:
+                            expert.linear_fc1.input_quantizer.reset_amax()
+        try:
+            return "no error", export_quantized(chunks, out, bridge=bridge, groups=pg, uncalibrated=policy)
+        except BridgeError as error:
+            return f"{type(error).__name__}: {error}", None
+
+
+def export_often(path: str, layout: dict[str, Any], out: str, times: int) -> list[int]:
+    """The same export again and again, with ranks that come late by chance; sizes of what each reads afterwards."""
+    import json
+    import random
+    import time
+    import warnings
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+    from bridge_quant_export import export_quantized
+    from bridge_quant_export.folders.open import open_quantized
+    from bridge_quant_export.live import files
+
+    warnings.simplefilter("ignore")
+    chance = random.Random(dist.get_rank())
+    original = files.pack
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(chance.random() * 0.002)
+        return original(*args, **kwargs)
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    sizes = []
+    with host_backend():
+        pg, chunks = build_loaded(bridge, layout, "host", grouped=True)
+        quantise(chunks, pg, "fp8")
+        files.pack = late
+        try:
+            for _ in range(times):
+                time.sleep(chance.random() * 0.01)
+                export_quantized(
+                    chunks, out, bridge=bridge, groups=pg, overwrite=True, max_shard_size=100_000, format="modelopt"
+                )
+                json.loads(Path(out, "model.safetensors.index.json").read_text())
+                json.loads(Path(out, "hf_quant_config.json").read_text())
+                found = open_quantized(out)
+                assert not found.wrong, found.wrong
+                sizes.append(len(found.folder.tensors))
+                dist.barrier()  # nobody replaces what another still reads
+        finally:
+            files.pack = original
+    return sizes

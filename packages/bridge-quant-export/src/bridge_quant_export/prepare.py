@@ -73,8 +73,8 @@ def register_host_modules() -> None:
             for index, quantizer in enumerate(self.weight_quantizer):
                 yield self.get_parameter(f"weight{index}"), quantizer
 
-        def weight(self, index: int) -> Any:
-            return self.weight_quantizer[index](super().weight(index))
+        def expert_weight(self, index: int) -> Any:
+            return self.weight_quantizer[index](super().expert_weight(index))
 
         def forward(self, x: Any, m_splits: Any) -> Any:
             return super().forward(self.input_quantizer(x), m_splits)
