@@ -58,6 +58,7 @@ class PackedFiles(SharedFiles):
 
         Raises:
             FormatError: blocks with ranges of their own are cut by the layout.
+            GeometryError: a rank's part of a weight is no box of it.
         """
         for weight in self._held.weights:
             if weight.state is not None:
@@ -78,7 +79,8 @@ class PackedFiles(SharedFiles):
         if self._gathers(shard.entry, state.format):
             self._save_gathered(shard, entry, tensor, state, group)
             return
-        for region in self.guarded(lambda: regions(shard.pieces, self.live.plan.hf_tensors)) or []:
+        # Not guarded: whoever has failed still takes part in the exchanges of every region.
+        for region in regions(shard.pieces, self.live.plan.hf_tensors):
             packed = self.guarded(lambda region=region: self._pack(region, tensor, state))
             self._save_region(region, packed, entry, state.format, tensor, group)
 
@@ -162,9 +164,10 @@ class PackedFiles(SharedFiles):
         plan = self.live.plan
         entry = plan.entry(name)
         size = plan.layout.etp if entry.is_expert else plan.layout.tp
-        if entry.split is None or size == 1:
-            return False
         shapes = {tensor.name: tensor.shape for tensor in entry.hf}
+        if entry.split is None or size == 1:
+            regions(plan.local_form(name, 0).pieces, shapes)
+            return False
         try:
             for coordinate in range(size):
                 for region in regions(plan.local_form(name, coordinate).pieces, shapes):
