@@ -54,7 +54,8 @@ def settle(
     """
     if policy == "error":
         return list(weights)
-    numbers = {place: at for at, place in enumerate(p for entry, layers in places for p in _places(entry, layers))}
+    everything = dict.fromkeys(place for entry, layers in places for place in _places(entry, layers))
+    numbers = {place: at for at, place in enumerate(everything)}
     table = torch.full((len(numbers),), -1.0, dtype=torch.float32)
     for weight in weights:
         at = numbers[_place(weight, policy)]
