@@ -16,11 +16,11 @@ settings.load_profile("bridge")
 
 @pytest.fixture(scope="session")
 def rank_pool():
-    """Four gloo ranks on this machine, started by the first test that runs a job on them."""
+    """Eight gloo ranks on this machine, started by the first test that runs a job on them."""
     pytest.importorskip("torch")
     from bridge_core.testing.ranks import RankPool
 
-    with RankPool(4) as pool:
+    with RankPool(8) as pool:
         yield pool
 
 

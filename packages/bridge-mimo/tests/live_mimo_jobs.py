@@ -10,31 +10,26 @@ Layouts = dict[str, dict[str, Any]]
 UNUSED = frozenset({"get_gtp_weight_remat_group", "get_expert_gtp_weight_remat_group"})
 
 
-def opened(path: str, layouts: Layouts, *, colocated: bool = False, ignore=()):
-    """Components of the model in an HF folder, and their filled-in layouts."""
+def bridge_of(path: str, layouts: Layouts, *, colocated: bool = False, ignore=()):
+    """The bridge of the model in an HF folder, for as many ranks as the job has."""
     import torch.distributed as dist
 
-    from bridge_core import AutoBridge
-    from bridge_mimo import ComponentLayout, auto_fill_layout
-    from bridge_mimo.components import Components
+    from bridge_mimo import ComponentLayout, MegatronMIMOBridge
 
-    bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
     wanted = {name: ComponentLayout(**sizes) for name, sizes in layouts.items()}
-    return Components.of(bridge.family, bridge.fields), auto_fill_layout(
-        wanted, dist.get_world_size(), colocated=colocated
+    return MegatronMIMOBridge.from_hf_pretrained(
+        path, parallelism=wanted, world_size=dist.get_world_size(), colocated=colocated, ignore=ignore
     )
 
 
-def build(components, layouts):
-    """A model full of NaN, and its provider. Call inside `host_backend`; collective."""
-    from bridge_mimo.runtime.provider import MimoProvider
-
-    provider = MimoProvider(components, layouts, spec="host")
+def build(bridge):
+    """A model full of NaN. Call inside `host_backend`; collective."""
+    provider = bridge.to_megatron_mimo_provider(spec="host")
     provider.language.make_vocab_size_divisible_by = 16
     model = provider.provide()
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
-    return provider, model
+    return model
 
 
 def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False, bucket_bytes: int = 60_000):
@@ -42,24 +37,53 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core.runtime.host import host_backend
-    from bridge_mimo.runtime import weights
 
-    components, filled = opened(path, layouts, colocated=colocated)
+    bridge = bridge_of(path, layouts, colocated=colocated)
     with host_backend(), poisoned_parallel_state(UNUSED) as reads:
-        _, model = build(components, filled)
+        model = build(bridge)
         reads.clear()
-        loaded = weights.load_hf_weights(model, path, components)
+        loaded = bridge.load_hf_weights(model)
         assert not any(parameter.isnan().any() for parameter in model.parameters())
-        saved = weights.save_hf_pretrained(model, out, components, source=path)
-        stream = weights.make_stream(model, components, bucket_bytes=bucket_bytes)
+        saved = bridge.save_hf_pretrained(model, out)
+        stream = bridge.stream(model, bucket_bytes=bucket_bytes)
         tensors = {name: tensor.clone() for name, tensor in stream}
         again = [name for name, _ in stream]
+        model.destroy()
     return {
         "loaded": loaded,
         "saved": saved,
         "stream": tensors,
         "again": again,
         "metadata": stream.metadata(),
-        "names": {name for name, _ in model.named_parameters()},
         "reads": sorted(reads),
     }
+
+
+def save_checkpoint(path: str, layouts: Layouts, run: str, *, colocated: bool = False):
+    """HF weights into a live model, and a checkpoint of it."""
+    from runtime.helpers import poisoned_parallel_state
+
+    from bridge_core.runtime.host import host_backend
+
+    bridge = bridge_of(path, layouts, colocated=colocated)
+    with host_backend(), poisoned_parallel_state(UNUSED) as reads:
+        model = build(bridge)
+        reads.clear()
+        bridge.load_hf_weights(model)
+        report = bridge.save_megatron_model(model, run, iteration=7)
+        return report, sorted(reads)
+
+
+def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, *, colocated: bool = False):
+    """A checkpoint into a live model of other layouts, and an HF folder of it."""
+    from runtime.helpers import poisoned_parallel_state
+
+    from bridge_core.runtime.host import host_backend
+
+    bridge = bridge_of(path, layouts, colocated=colocated)
+    with host_backend(), poisoned_parallel_state(UNUSED) as reads:
+        model = build(bridge)
+        reads.clear()
+        report = bridge.load_megatron_model(model, run)
+        bridge.save_hf_pretrained(model, out)
+        return report, sorted(reads)

@@ -10,18 +10,19 @@ pytest.importorskip("transformers", reason="the oracle is transformers")
 
 from live_mimo_jobs import round_trip  # noqa: E402
 
-from bridge_core import AutoBridge, verify  # noqa: E402
+from bridge_core import verify  # noqa: E402
 from bridge_core.checkpoint.hf_folder import open_hf  # noqa: E402
 from bridge_core.testing.hf_layouts import save_published  # noqa: E402
 from bridge_core.testing.hf_models import make_model  # noqa: E402
-from bridge_mimo import ComponentLayout, MimoPlan, auto_fill_layout  # noqa: E402
-from bridge_mimo.components import Components  # noqa: E402
+from bridge_mimo import ComponentLayout, MegatronMIMOBridge  # noqa: E402
 
 CASES = {
     "language tp2, images tp1": ("qwen3_5", 3, {"language": {"tp": 2, "dp": 1}, "images": {"dp": 1}}),
     "language tp2, images tp2": ("qwen3_vl", 4, {"images": {"tp": 2}, "language": {"tp": 2}}),
     "experts ep2, images tp2": ("qwen3_vl_moe", 4, {"language": {"ep": 2, "dp": 2}, "images": {"tp": 2}}),
     "language pp2, images pp2": ("qwen3_5_moe", 4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2}}),
+    "language tp2 pp2, images dp2": ("qwen3_5-tied", 6, {"language": {"tp": 2, "pp": 2}, "images": {"dp": 2}}),
+    "colocated, language tp4, images tp2": ("qwen3_vl", 4, {"language": {"tp": 4}, "images": {"tp": 2}}),
 }
 
 
@@ -30,8 +31,9 @@ def test_hf_weights_go_into_components_and_out_again(rank_pool, tmp_path, case):
     name, ranks, layouts = CASES[case]
     folder = save_published(make_model(name), tmp_path / "hf")
     out = tmp_path / "out"
-    results = rank_pool.run(round_trip, str(folder), layouts, str(out), ranks=range(ranks))
-    check(results, folder, out, layouts)
+    together = case.startswith("colocated")
+    results = rank_pool.run(round_trip, str(folder), layouts, str(out), colocated=together, ranks=range(ranks))
+    check(results, folder, out, layouts, colocated=together)
 
 
 def check(results, folder, out, layouts, *, colocated=False):
@@ -56,16 +58,9 @@ def check(results, folder, out, layouts, *, colocated=False):
 
 
 def plan_of(folder, layouts, ranks, *, colocated):
-    bridge = AutoBridge.from_hf_pretrained(folder)
     wanted = {name: ComponentLayout(**sizes) for name, sizes in layouts.items()}
-    filled = auto_fill_layout(wanted, ranks, colocated=colocated)
-    return MimoPlan(
-        Components.of(bridge.family, bridge.fields),
-        filled,
-        colocated=colocated,
-        make_vocab_size_divisible_by=16,
-        inventory=open_hf(folder).shapes,
-    )
+    bridge = MegatronMIMOBridge.from_hf_pretrained(folder, parallelism=wanted, world_size=ranks, colocated=colocated)
+    return bridge.plan(make_vocab_size_divisible_by=16)
 
 
 def load(folder):

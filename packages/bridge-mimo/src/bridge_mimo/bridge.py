@@ -18,6 +18,15 @@ from bridge_mimo.plan import MimoPlan, check_component_names
 
 if TYPE_CHECKING:
     from bridge_core.checkpoint.convert import Report
+    from bridge_core.codecs import Fp8Blocks
+    from bridge_core.runtime.describe import M2NEntry
+    from bridge_core.runtime.layer_specs import Spec
+    from bridge_core.runtime.live import LiveModel
+    from bridge_core.runtime.load import LoadReport
+    from bridge_core.runtime.megatron_ckpt import MegatronReport
+    from bridge_core.runtime.save import SaveReport
+    from bridge_mimo.runtime.groups import MimoGroups
+    from bridge_mimo.runtime.provider import MimoProvider
 
 
 class MegatronMIMOBridge(AutoBridge):
@@ -162,6 +171,103 @@ class MegatronMIMOBridge(AutoBridge):
         from bridge_mimo.checkpoint.stored import mimo_variant
 
         return super().export_ckpt(megatron_path, hf_path, variant=mimo_variant(), **options)
+
+    # --- Live models ---------------------------------------------------------------------------
+
+    def to_megatron_mimo_provider(self, *, spec: Spec | None = None) -> MimoProvider:
+        """Settings of the model's components, to be changed and then built (`provide_distributed_model`).
+
+        Args:
+            spec: `"te"`, `"local"` or `"host"`; by default what fits the machine.
+        """
+        from bridge_mimo.runtime.provider import MimoProvider
+
+        return MimoProvider(self.components, self.layouts, spec=spec)
+
+    def to_megatron_model(self, *, spec: Spec | None = None, groups: MimoGroups | None = None, **options: Any) -> Any:
+        """This rank's components in mcore's `MimoModel`, filled from the bridge's folder if that holds weights.
+
+        Collective over torch's default group, which has a rank for each of the bridge's.
+
+        Args:
+            spec: as for `to_megatron_mimo_provider`.
+            groups: process groups of the bridge's layouts; by default they are made.
+            options: those of `MimoProvider.provide_distributed_model`.
+        """
+        model = self.to_megatron_mimo_provider(spec=spec).provide_distributed_model(groups, **options)
+        if self._weights():
+            self.load_hf_weights(model)
+        return model
+
+    def load_hf_weights(self, model: Any, path: str | Path | None = None, **options: Any) -> LoadReport:
+        """Fill a live `MimoModel` from this bridge's folder, or `path`: every rank reads what its components hold.
+
+        Collective; see `runtime.weights.load_hf_weights`.
+        """
+        from bridge_mimo.runtime.weights import load_hf_weights
+
+        return load_hf_weights(model, self._folder(path), self.components, **{"ignore": self.ignore, **options})
+
+    def save_hf_pretrained(self, model: Any, path: str | Path, **options: Any) -> SaveReport:
+        """Write a live `MimoModel` as one HF folder: every rank writes what its components hold. Collective.
+
+        The bridge's own folder, if it holds weights, says how they are split into files, and gives the prediction
+        layers that the model has no place for. See `runtime.weights.save_hf_pretrained`.
+        """
+        from bridge_mimo.runtime.weights import save_hf_pretrained
+
+        return save_hf_pretrained(model, path, self.components, **(self._origin() | {"config": self.config} | options))
+
+    def save_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
+        """Write a live `MimoModel` as a MIMO torch_dist checkpoint. Collective.
+
+        The bridge's own folder, if it holds weights, gives the prediction layers that the model has no place for.
+        See `runtime.megatron_ckpt.save_megatron_model`.
+        """
+        from bridge_mimo.runtime.megatron_ckpt import save_megatron_model
+
+        given = self._origin() | {"hf_config": self.config}
+        return save_megatron_model(model, path, self.components, **(given | options))
+
+    def load_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
+        """Fill a live `MimoModel` from a MIMO torch_dist checkpoint of any layouts. Collective.
+
+        See `runtime.megatron_ckpt.load_megatron_model`.
+        """
+        from bridge_mimo.runtime.megatron_ckpt import load_megatron_model
+
+        return load_megatron_model(model, path, self.components, **{"ignore": self.ignore, **options})
+
+    def m2n_entries(self, model: Any, *, groups: MimoGroups | None = None) -> list[M2NEntry]:
+        """A manifest entry per HF tensor that this rank holds a part of, with ranks of the world.
+
+        See core's `runtime.describe.m2n_entries`.
+        """
+        from bridge_core.runtime.describe import m2n_entries
+        from bridge_mimo.runtime.live import component_models
+
+        live = self._live(model, groups)
+        return [
+            entry._replace(mesh=tuple(tuple(first + rank for rank in row) for row in entry.mesh))
+            for first, part in component_models(live)
+            for entry in m2n_entries(part)
+        ]
+
+    def _origin(self) -> dict[str, Any]:
+        return {"source": self.path if self._weights() else None, "ignore": self.ignore}
+
+    def _live(self, model: Any, groups: MimoGroups | None, codec: Fp8Blocks | None = None) -> LiveModel:
+        from bridge_mimo.runtime.live import groups_of, open_mimo
+
+        folder = self._weights()
+        return open_mimo(
+            model,
+            self.components,
+            groups_of(model, groups),
+            inventory=folder.shapes if folder else None,  # names are those of the bridge's own folder
+            ignore=self.ignore,
+            codec=codec,
+        )
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {layout}" for name, layout in self.layouts.items())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.geometry import Shape
 from bridge_core.plan import Shard
-from bridge_core.runtime.live import LiveModel, matched, padded_vocab, stored, unwrap
+from bridge_core.runtime.live import LiveModel, matched, matches, padded_vocab, stored, unwrap
 from bridge_core.runtime.shared_files import GroupOf
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE
@@ -19,14 +21,20 @@ if TYPE_CHECKING:
 
     from bridge_mimo.runtime.groups import MimoGroups
 
+LANGUAGE_MODULE = "language_model"
+"""Where `MimoModel` keeps the language model."""
+
 
 def open_mimo(
     model: Any,
     components: Components,
     groups: MimoGroups,
     *,
+    excepted: Collection[str] = (),
     inventory: Mapping[str, Shape] | None = None,
     ignore: Sequence[str] = (),
+    codec: Fp8Blocks | None = None,
+    quantised: Collection[str] | None = None,
 ) -> LiveModel:
     """Match a live `MimoModel` against its plan, before any byte is copied. Nothing is communicated.
 
@@ -36,7 +44,8 @@ def open_mimo(
         model: the `MimoModel`, its components wrapped or not.
         components: of the HF model.
         groups: of the model.
-        inventory, ignore: as for a `MimoPlan`.
+        excepted: patterns (as in a shell) of parameter names that need not match.
+        inventory, ignore, codec, quantised: as for a `MimoPlan`.
 
     Returns:
         The model with the names of `MimoModel`; its rank is that of the world, its plan a `MimoPlan`.
@@ -49,6 +58,7 @@ def open_mimo(
 
     parts = modules_of(model, groups)
     named = {(0, prefix + name): tensor for prefix, module in parts.values() for name, tensor in stored(module)}
+    left = {key for key in named if matches(key[1], excepted)}
     padded = None
     if LANGUAGE in parts:
         own = {(0, name): tensor for name, tensor in stored(parts[LANGUAGE][1])}
@@ -60,8 +70,11 @@ def open_mimo(
         padded_vocab=padded,
         inventory=inventory,
         ignore=ignore,
+        codec=codec,
+        quantised=quantised,
     )
-    return matched(plan, dist.get_rank(), named)
+    live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
+    return replace(live, excepted=tuple(name for _, name in sorted(left)))
 
 
 def modules_of(model: Any, groups: MimoGroups) -> dict[str, tuple[str, Module]]:
@@ -72,7 +85,7 @@ def modules_of(model: Any, groups: MimoGroups) -> dict[str, tuple[str, Module]]:
     """
     found: dict[str, tuple[str, Module]] = {}
     for name in groups.mine:
-        path = "language_model" if name == LANGUAGE else f"modality_submodules.{name}"
+        path = LANGUAGE_MODULE if name == LANGUAGE else f"modality_submodules.{name}"
         module = model.language_model if name == LANGUAGE else dict(model.modality_submodules.items()).get(name)
         if module is None:
             raise CoverageError(
@@ -122,3 +135,15 @@ def mimo_plan(live: LiveModel) -> MimoPlan:
     """The plan of a model from `open_mimo`."""
     assert isinstance(live.plan, MimoPlan)
     return live.plan
+
+
+def component_models(live: LiveModel) -> list[tuple[int, LiveModel]]:
+    """This rank's components as models of their own: own names, ranks from 0; each with its first rank in the world."""
+    plan = mimo_plan(live)
+    found: list[tuple[int, LiveModel]] = []
+    for name in plan.components_of(live.rank):
+        part = plan.components[name]
+        shards = [shard for shard in live.shards if plan.component_by_entry[shard.entry] == name]
+        owned = tuple(part.own(shard) for shard in shards)
+        found.append((part.layout.ranks.start, LiveModel(part.plan, part.local_rank(live.rank), owned, live.tensors)))
+    return found

@@ -1,19 +1,19 @@
-"""HF weights into a live `MimoModel` and out of it. Every rank reads and writes what its components hold, no more.
+"""HF weights into a live `MimoModel`, and out of it into files: every rank moves what its components hold, no more.
 
 These are core's executors, over a plan whose ranks are those of the world.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint.workers import jointly
-from bridge_core.runtime.load import LoadReport, default_group, load_live
+from bridge_core.checkpoint.convert import codec_options
+from bridge_core.checkpoint.hf_folder import HfFolder
+from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.load import LoadReport, load_live
 from bridge_core.runtime.save import SaveReport, save_live
-from bridge_core.runtime.stream import Stream
-from bridge_core.runtime.workers import TorchWorkers
 from bridge_mimo.components import Components
 from bridge_mimo.runtime.live import cut_over, groups_of, mimo_plan, open_mimo
 
@@ -29,6 +29,7 @@ def load_hf_weights(
     ignore: Sequence[str] = (),
     groups: MimoGroups | None = None,
     group: Any = None,
+    allowed_mismatched: Collection[str] = (),
     **options: Any,
 ) -> LoadReport:
     """Fill a live `MimoModel` from an HF folder. Collective over `group`.
@@ -43,46 +44,19 @@ def load_hf_weights(
         ignore: patterns (as in a shell) of HF names to leave out, which the report names.
         groups: of the model; by default those it was built with.
         group: all ranks of the world; by default torch's default group.
-        options: `threads`, `one_reader_per_node`, `node_group`, `bucket_bytes`, as for core's `load_hf_weights`.
+        allowed_mismatched: patterns of parameter names, such as `"language_model.output_layer.weight"`, that may
+            differ or be absent, as for core's `load_hf_weights`.
+        options: `threads`, `one_reader_per_node`, `node_group`, `bucket_bytes`, as there.
 
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    return load_live(
-        lambda folder: open_mimo(model, components, groups_of(model, groups), inventory=folder.shapes, ignore=ignore),
-        path,
-        group=group,
-        **options,
-    )
 
+    def opened(folder: HfFolder) -> LiveModel:
+        known = groups_of(model, groups)
+        return open_mimo(model, components, known, inventory=folder.shapes, ignore=ignore, excepted=allowed_mismatched)
 
-def make_stream(
-    model: Any,
-    components: Components,
-    *,
-    inventory: Any = None,
-    ignore: Sequence[str] = (),
-    groups: MimoGroups | None = None,
-    group: Any = None,
-    **options: Any,
-) -> Stream:
-    """The export of a live `MimoModel`, planned once for many passes. Collective over `group`.
-
-    Every rank of the world yields every tensor that some component holds, in one order; a bucket is one collective
-    over all of them, and no rank ever has more than a bucket. Prediction layers, which no component holds, are not
-    among them.
-
-    Args:
-        model, components, ignore, groups, group: as for `load_hf_weights`.
-        inventory: shapes of the HF tensors of a checkpoint, which choose between the forms that a family has.
-        options: `dtype`, `bucket_bytes`, `names`, as for core's `Stream`.
-    """
-    group = group or default_group()
-
-    def opened() -> Any:
-        return open_mimo(model, components, groups_of(model, groups), inventory=inventory, ignore=ignore)
-
-    return Stream(jointly(TorchWorkers(group), opened), group=group, **options)
+    return load_live(opened, path, group=group, allowed_mismatched=allowed_mismatched, **options)
 
 
 def save_hf_pretrained(
@@ -93,6 +67,7 @@ def save_hf_pretrained(
     config: dict[str, Any] | None = None,
     source: str | Path | None = None,
     ignore: Sequence[str] = (),
+    fp8: bool = False,
     groups: MimoGroups | None = None,
     group: Any = None,
     **options: Any,
@@ -108,19 +83,25 @@ def save_hf_pretrained(
         config: config.json; by default rebuilt from the model's fields.
         source: an HF folder whose split into files is used, and whose other files are carried along.
         ignore: patterns (as in a shell) of HF names to leave out.
-        options: those of core's `save_hf_pretrained`, but for `fp8`.
+        fp8, options: as for core's `save_hf_pretrained`.
 
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
     known = groups_of(model, groups)
     family, fields = components.family, components.fields
+
+    def opened(like: HfFolder | None) -> LiveModel:
+        held, how = like.shapes if like else None, codec_options(fp8, like)
+        return open_mimo(model, components, known, inventory=held, ignore=ignore, **how)
+
     return save_live(
-        lambda like: open_mimo(model, components, known, inventory=like.shapes if like else None, ignore=ignore),
+        opened,
         lambda live: cut_over(live, known),
         path,
         family.consistent(config, fields) if config else family.to_hf(fields),
         source=source,
+        fp8=fp8,
         carried=lambda live: tuple(mimo_plan(live).carried),
         group=group,
         **options,
