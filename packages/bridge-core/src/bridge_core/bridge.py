@@ -122,7 +122,7 @@ class AutoBridge:
 
     def _plan_options(self) -> dict[str, Any]:
         """What a plan is told of the HF side."""
-        folder = self._weights()
+        folder = self._weights
         return {
             "dtype": self.dtype,
             "dtypes": {name: tensor.dtype for name, tensor in folder.tensors.items()} if folder else {},

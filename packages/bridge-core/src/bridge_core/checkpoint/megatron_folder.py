@@ -126,7 +126,7 @@ def open_megatron(
     dcp = read_dcp(folder)
     model = model_of(dcp, hf_config, ignore_options=ignore_options)
     family = variant.family(model.family, model.fields, folder)
-    return MegatronFolder(folder, dcp, **(model._asdict() | {"family": family}))
+    return MegatronFolder(folder, dcp, **model._replace(family=family)._asdict())
 
 
 def export_plan(

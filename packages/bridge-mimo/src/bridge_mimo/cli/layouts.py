@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 from bridge_core.cli.options import UsageError
 from bridge_mimo.layout import ComponentLayout
@@ -32,7 +32,7 @@ def read_components(texts: Sequence[str]) -> dict[str, ComponentLayout]:
         name, _, sizes = text.partition("=")
         if not name or name in found:
             raise _misread("a component is named twice" if name else "a component has no name", text)
-        options: dict[str, int] = {}
+        options: dict[str, Any] = {}
         for size in filter(None, sizes.split(",")):
             option, _, value = size.partition("=")
             if option not in _NUMBERS or option in options or not value.isascii() or not value.isdigit():
