@@ -4,9 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Jobs are imported by name, here and in the rank processes, which inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The first example of a property may pay for an import; a deadline would blame the property.
+settings.register_profile("bridge", deadline=None)
+settings.load_profile("bridge")
 
 
 @pytest.fixture(scope="session")

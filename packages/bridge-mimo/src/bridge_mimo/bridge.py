@@ -18,7 +18,6 @@ from bridge_mimo.plan import MimoPlan, check_component_names
 
 if TYPE_CHECKING:
     from bridge_core.checkpoint.convert import Report
-    from bridge_core.codecs import Fp8Blocks
     from bridge_core.runtime.describe import M2NEntry
     from bridge_core.runtime.layer_specs import Spec
     from bridge_core.runtime.live import LiveModel
@@ -88,7 +87,7 @@ class MegatronMIMOBridge(AutoBridge):
     def with_parallelism(
         self, parallelism: Layouts | None = None, *, world_size: int | None = None, colocated: bool = False
     ) -> Self:
-        """The same bridge for other layouts; this one stays as it is. The arguments are those of `from_hf_pretrained`."""
+        """The same bridge for other layouts, given as to `from_hf_pretrained`; this one stays as it is."""
         if parallelism is None:
             parallelism = {name: ComponentLayout() for name in self.components.names}
         check_component_names(self.components, parallelism)
@@ -195,7 +194,7 @@ class MegatronMIMOBridge(AutoBridge):
             options: those of `MimoProvider.provide_distributed_model`.
         """
         model = self.to_megatron_mimo_provider(spec=spec).provide_distributed_model(groups, **options)
-        if self._weights():
+        if self._weights:
             self.load_hf_weights(model)
         return model
 
@@ -216,7 +215,8 @@ class MegatronMIMOBridge(AutoBridge):
         """
         from bridge_mimo.runtime.weights import save_hf_pretrained
 
-        return save_hf_pretrained(model, path, self.components, **(self._origin() | {"config": self.config} | options))
+        given: dict[str, Any] = self._origin() | {"config": self.config}
+        return save_hf_pretrained(model, path, self.components, **(given | options))
 
     def save_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
         """Write a live `MimoModel` as a MIMO torch_dist checkpoint. Collective.
@@ -226,7 +226,7 @@ class MegatronMIMOBridge(AutoBridge):
         """
         from bridge_mimo.runtime.megatron_ckpt import save_megatron_model
 
-        given = self._origin() | {"hf_config": self.config}
+        given: dict[str, Any] = self._origin() | {"hf_config": self.config}
         return save_megatron_model(model, path, self.components, **(given | options))
 
     def load_megatron_model(self, model: Any, path: str | Path, **options: Any) -> MegatronReport:
@@ -254,19 +254,20 @@ class MegatronMIMOBridge(AutoBridge):
         ]
 
     def _origin(self) -> dict[str, Any]:
-        return {"source": self.path if self._weights() else None, "ignore": self.ignore}
+        return {"source": self.path if self._weights else None, "ignore": self.ignore}
 
-    def _live(self, model: Any, groups: MimoGroups | None, codec: Fp8Blocks | None = None) -> LiveModel:
+    def _live(self, model: Any, groups: MimoGroups | None, *, fp8: bool = False) -> LiveModel:
+        from bridge_core.checkpoint.convert import codec_options
         from bridge_mimo.runtime.live import groups_of, open_mimo
 
-        folder = self._weights()
+        folder = self._weights
         return open_mimo(
             model,
             self.components,
             groups_of(model, groups),
             inventory=folder.shapes if folder else None,  # names are those of the bridge's own folder
             ignore=self.ignore,
-            codec=codec,
+            **codec_options(fp8, folder),
         )
 
     def __repr__(self) -> str:

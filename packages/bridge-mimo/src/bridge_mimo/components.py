@@ -53,13 +53,23 @@ class MIMOComponent:
                 got=f"{prefix!r} to {path!r}",
             )
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the names begin with that the route is for."""
+        return (self.source_prefix,) if self.source_prefix else LANGUAGE_MODULES
+
     def takes(self, name: str) -> bool:
         """Whether the route is for a Megatron tensor of the family."""
-        return name.startswith(self.source_prefix or LANGUAGE_MODULES)
+        return name.startswith(self.prefixes)
+
+    @property
+    def module(self) -> str:
+        """What its names in `MimoModel` begin with: the module's path and a dot."""
+        return f"{self.target_module_path}."
 
     def target(self, name: str) -> str:
         """Its name in `MimoModel`."""
-        return f"{self.target_module_path}.{name.removeprefix(self.source_prefix)}"
+        return self.module + name.removeprefix(self.source_prefix)
 
 
 Routes = Sequence[MIMOComponent]
@@ -76,16 +86,16 @@ def validate_routes(family: Family, fields: Fields, routes: Routes) -> None:
         raise _misrouted("no route is for language", f"a route called {LANGUAGE}", preview(r.name for r in routes))
     for number, one in enumerate(routes):
         for other in routes[:number]:
-            if _overlap(one.source_prefix, other.source_prefix):
-                raise _overlapping(other, one, one.source_prefix, other.source_prefix)
-            if _overlap(f"{one.target_module_path}.", f"{other.target_module_path}."):
-                raise _overlapping(other, one, one.target_module_path, other.target_module_path)
+            for a, b in ((one.prefixes, other.prefixes), ((one.module,), (other.module,))):
+                if shared := [(x, y) for x in a for y in b if x.startswith(y) or y.startswith(x)]:
+                    what = f"the routes of {other.name} and {one.name} overlap"
+                    raise _misrouted(what, "different tensors and modules", "{1!r} and {0!r}".format(*shared[0]))
     names = [name for name in family.table(fields) if not name.startswith(PREDICTION)]
     if unrouted := [name for name in names if not any(route.takes(name) for route in routes)]:
         raise CoverageError(
             f"{len(unrouted)} row(s) of the {family.name} table have no route to a component",
             where=preview(unrouted),
-            expected=f"names that begin with {', '.join(r.source_prefix or '/'.join(LANGUAGE_MODULES) for r in routes)}",
+            expected="names that begin with " + ", ".join(p for r in routes for p in r.prefixes),
             got=unrouted[0],
             fix="register a route for them (register_mimo_conversion_spec)",
         )
@@ -95,15 +105,6 @@ def validate_routes(family: Family, fields: Fields, routes: Routes) -> None:
             f"a prefix of {preview(names)}",
             idle[0].source_prefix,
         )
-
-
-def _overlap(one: str, other: str) -> bool:
-    ones, others = (((prefix,) if prefix else LANGUAGE_MODULES) for prefix in (one, other))
-    return any(a.startswith(b) or b.startswith(a) for a in ones for b in others)
-
-
-def _overlapping(one: MIMOComponent, other: MIMOComponent, a: str, b: str) -> ConfigError:
-    return _misrouted(f"the routes of {one.name} and {other.name} overlap", "different tensors", f"{b!r} and {a!r}")
 
 
 def _misrouted(what: str, expected: str, got: str) -> ConfigError:
@@ -199,7 +200,7 @@ class Component(NamedTuple):
     @property
     def prefix(self) -> str:
         """What its names in `MimoModel` begin with: those of its first route's module."""
-        return f"{self.routes[0].target_module_path}."
+        return self.routes[0].module
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,10 @@ class Components:
     @cached_property
     def whole(self) -> Family:
         """The family under the names of a checkpoint: as `mapped`, and prediction layers below the language model."""
-        language = next(route.target_module_path for route in self.routes if route.name == LANGUAGE)
+        language = next(route.module for route in self.routes if route.name == LANGUAGE)
 
         def name_of(name: str) -> str | None:
-            return f"{language}.{name}" if name.startswith(PREDICTION) else self.target(name)
+            return language + name if name.startswith(PREDICTION) else self.target(name)
 
         return scoped(self.family, self.fields, name_of, reason="", holds=_everywhere)
 
@@ -268,7 +269,7 @@ class Components:
         for row in self.family.table(self.fields):
             for route in (route for route in routes if route.takes(row)):
                 alone, rest = row.removeprefix(prefix), row.removeprefix(route.source_prefix)
-                moves[alone] = len(alone) - len(rest), f"{route.target_module_path}."
+                moves[alone] = len(alone) - len(rest), route.module
         targets = {row: head + row[cut:] for row, (cut, head) in moves.items()}
         holds = partial(_tower_holds, tower, self.fields) if tower else None
         family = scoped(self.family, self.fields, own, reason="of another component", holds=holds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from bridge_core.errors import LayoutError
@@ -185,7 +186,7 @@ def _parts(layouts: Layouts, world: int) -> list[tuple[range, list[str]]]:
     """Ranks that the same components have, as far as anybody reaches; each with these components."""
     ends = {0, world} | {end for layout in layouts.values() for end in (layout.ranks.start, layout.ranks.stop)}
     cuts = sorted(ends)
-    parts = [range(first, stop) for first, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [range(first, stop) for first, stop in pairwise(cuts)]
     return [(part, [name for name, layout in layouts.items() if _meet(layout.ranks, part)]) for part in parts]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
+from bridge_core.errors import BridgeError, ConfigError, CoverageError, LayoutError, preview
 from bridge_core.geometry import Shape
 from bridge_core.patterns import fill
 from bridge_core.plan import Audit, Plan, RankCost, Shard
@@ -118,15 +118,18 @@ class MimoPlan(Plan):
         self.components: dict[str, ComponentPlan] = {}
         for name, part in components.parts.items():
             own = {name: form for name, target in part.targets.items() if (form := (forms or {}).get(target))}
-            plan = Plan(
-                part.family,
-                part.fields,
-                layouts[name].parallel,
-                make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-                padded_vocab=padded_vocab if part.fields["vocab_size"] else None,
-                forms=own,
-                **same,
-            )
+            try:
+                plan = Plan(
+                    part.family,
+                    part.fields,
+                    layouts[name].parallel,
+                    make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                    padded_vocab=padded_vocab if part.fields["vocab_size"] else None,
+                    forms=own,
+                    **same,
+                )
+            except BridgeError as error:
+                raise _of_component(name, error) from error
             if not plan.entries:
                 raise ConfigError(
                     "a component would hold no tensor",
@@ -269,6 +272,12 @@ class MimoPlan(Plan):
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {part.layout}" for name, part in self.components.items())
         return f"MimoPlan({self.family.name}, {parts})"
+
+
+def _of_component(name: str, error: BridgeError) -> BridgeError:
+    """The same error, which says the component that it is about."""
+    where = f"component {name}" + (f", {error.where}" if error.where is not None else "")
+    return type(error)(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix)
 
 
 def check_component_names(components: Components, layouts: Layouts) -> None:

@@ -19,6 +19,7 @@ from bridge_core.errors import preview
 
 if TYPE_CHECKING:
     from bridge_core.checkpoint.convert import Options, Report
+    from bridge_core.checkpoint.variant import Variant
     from bridge_core.checkpoint.workers import Workers
 
 DType = Annotated[
@@ -69,9 +70,16 @@ class Import:
                 ignore=self.ignore,
                 ignore_options=self.ignore_option,
                 on_total=on_total,
+                variant=self.variant(),
             )
 
         return _convert("imported", self, convert)
+
+    def variant(self) -> Variant:
+        """How the Megatron side is arranged; for commands that build on this one."""
+        from bridge_core.checkpoint.variant import PLAIN
+
+        return PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +129,16 @@ class Export:
                 ignore=self.ignore,
                 ignore_options=self.ignore_option,
                 on_total=on_total,
+                variant=self.variant(),
             )
 
         return _convert("exported", self, convert)
+
+    def variant(self) -> Variant:
+        """How the Megatron side is arranged; for commands that build on this one."""
+        from bridge_core.checkpoint.variant import PLAIN
+
+        return PLAIN
 
 
 Run = Callable[["Options", Callable[[int], None]], "Report"]

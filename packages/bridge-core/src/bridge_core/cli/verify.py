@@ -13,6 +13,7 @@ from bridge_core.cli.tables import facts, in_bytes
 from bridge_core.errors import preview
 
 if TYPE_CHECKING:
+    from bridge_core.checkpoint.variant import Variant
     from bridge_core.checkpoint.verify import Comparison
 
 
@@ -44,10 +45,17 @@ class Verify:
                 threads=self.threads,
                 progress=shown.progress,
                 on_total=shown.on_total,
+                variant=self.variant(),
             )
         seconds = time.perf_counter() - started
         print(json.dumps(found.to_dict()) if self.json else _text(found, seconds))
         return 0 if found.ok else 1
+
+    def variant(self) -> Variant:
+        """How the tensors of Megatron folders are arranged; for commands that build on this one."""
+        from bridge_core.checkpoint.variant import PLAIN
+
+        return PLAIN
 
 
 def _text(found: Comparison, seconds: float) -> str:

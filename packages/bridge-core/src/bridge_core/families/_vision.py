@@ -107,7 +107,7 @@ def tower_fields(fields: Fields) -> Fields:
 
 
 def tower_holds(name: str, stage: PipelineStage, fields: Fields) -> bool:
-    """Patches and positions are before the first layer, the merger is after the last; deepstack's are at their layer."""
+    """Patches and positions come before the first layer, the merger after the last, deepstack's mergers at theirs."""
     part, _, rest = name.partition(".")
     if part == "deepstack_merger_list":
         return fields["vision_deepstack_layers"][int(rest.partition(".")[0])] in stage.decoder_layers

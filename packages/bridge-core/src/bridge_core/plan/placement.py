@@ -59,10 +59,20 @@ def part_of(name: str) -> str:
         return "experts"
     if name.startswith("vision_model."):
         return "vision"
-    for part in ("embedding", "output_layer", "self_attention", "router", "mixer"):
-        if part in name:
-            return {"self_attention": "attention", "output_layer": "output"}.get(part, part)
+    for mark, part in _PARTS.items():
+        if mark in name:
+            return part
     return "norms" if "norm" in name else "mlp"
+
+
+_PARTS = {
+    "embed": "embedding",
+    "merger": "merger",
+    "output_layer": "output",
+    "self_attention": "attention",
+    "router": "router",
+    "mixer": "mixer",
+}
 
 
 def check_layout(fields: Fields, layout: ParallelLayout) -> None:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge_core.checkpoint.convert import codec_options
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
@@ -28,11 +28,8 @@ from bridge_core.geometry import Piece, View, row_major
 from bridge_core.runtime.file_owners import Sent, WholeFiles
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.shared_files import GroupOf, SharedFiles
+from bridge_core.runtime.shared_files import GroupOf, SharedFiles, tensor_groups
 from bridge_core.runtime.workers import TorchWorkers
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +105,7 @@ def save_hf_pretrained(
         return open_live(model, family, fields, groups=groups, inventory=held, ignore=ignore, **how)
 
     def cut_over(live: LiveModel) -> GroupOf:
-        used = groups or unwrap(model)[0].pg_collection
-        return lambda shard: used.expt_tp if live.plan.entry(shard.entry).is_expert else used.tp
+        return tensor_groups(live, groups or unwrap(model)[0].pg_collection)
 
     return save_live(
         opened,

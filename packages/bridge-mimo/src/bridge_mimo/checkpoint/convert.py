@@ -12,15 +12,12 @@ from typing import Any
 
 from bridge_core.checkpoint import convert
 from bridge_core.checkpoint.convert import Options, Report
-from bridge_core.checkpoint.hf_folder import open_hf
 from bridge_core.checkpoint.verify import Comparison
 from bridge_core.checkpoint.verify import verify as core_verify
-from bridge_core.checkpoint.workers import jointly
-from bridge_core.families import family_for
 from bridge_mimo.checkpoint.stored import mimo_variant
-from bridge_mimo.components import Components
 from bridge_mimo.layout import Layouts, auto_fill_layout
-from bridge_mimo.plan import MimoPlan
+
+_DEFAULTS = Options()
 
 
 def import_ckpt(
@@ -30,7 +27,7 @@ def import_ckpt(
     parallelism: Layouts | None = None,
     world_size: int | None = None,
     colocated: bool = False,
-    options: Options = Options(),
+    options: Options = _DEFAULTS,
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
@@ -50,16 +47,6 @@ def import_ckpt(
     layouts = None
     if parallelism is not None:
         layouts = auto_fill_layout(parallelism, world_size, colocated=colocated)
-        checked = layouts
-
-        def check() -> None:
-            source = open_hf(hf_path)
-            family = family_for(source.config)
-            fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
-            components = Components.of(family, fields)
-            MimoPlan(components, checked, colocated=colocated, inventory=source.shapes, ignore=ignore)
-
-        jointly(options.workers, check)
     return convert.import_ckpt(
         hf_path,
         megatron_path,
@@ -79,7 +66,7 @@ def export_ckpt(
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 2_000_000_000,
     fp8: bool = False,
-    options: Options = Options(),
+    options: Options = _DEFAULTS,
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,

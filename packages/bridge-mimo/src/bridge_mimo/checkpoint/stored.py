@@ -15,7 +15,7 @@ from bridge_core.errors import BridgeError, CheckpointError
 from bridge_core.families import Family, Fields
 from bridge_mimo.components import Components, MIMOComponent, validate_routes
 from bridge_mimo.layout import ComponentLayout, Layouts
-from bridge_mimo.plan import check_component_names
+from bridge_mimo.plan import MimoPlan
 
 SECTION = "bridge_mimo"
 
@@ -85,7 +85,9 @@ def mimo_variant(layouts: Layouts | None = None, *, colocated: bool = False) -> 
     def sections(family: Family, fields: Fields) -> Mapping[str, Any]:
         found = components(family, fields, None)
         if layouts is not None:
-            check_component_names(found, layouts)
+            MimoPlan(
+                found, layouts, colocated=colocated
+            )  # layouts that do not fit are refused before a byte is written
         return components_section(found, layouts or {}, colocated=colocated)
 
     return Variant(
