@@ -28,7 +28,7 @@ def shares(bridge, tensors, tp, wanted=""):
     plan = bridge.plan(ParallelLayout(tp=tp))
 
     def one(shard):
-        filled = torch.full(shard.shape, torch.nan)
+        filled = torch.zeros(shard.shape)  # rows that pad the vocabulary stay so
         for piece in shard.pieces:
             source = tensors[piece.source.tensor].detach().contiguous().view(-1)
             window(filled.view(-1), piece.shape, piece.target).copy_(window(source, piece.shape, piece.source))
