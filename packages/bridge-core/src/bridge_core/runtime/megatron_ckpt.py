@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.dcp import read_dcp
@@ -160,7 +161,7 @@ def _save(model: Any, folder: Path, iteration: int, groups: ProcessGroupCollecti
     """megatron-core's own save. Collective over torch's default group."""
     from megatron.core import dist_checkpointing
 
-    with _in_our_words(where):
+    with _in_our_words(where), _own_results():
         state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
         dist_checkpointing.save(state, str(folder))
 
@@ -236,6 +237,25 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
         chunk.tie_embeddings_and_output_weights_state_dict = tie
         stack.callback(delattr, chunk, "tie_embeddings_and_output_weights_state_dict")
         yield
+
+
+@contextmanager
+def _own_results() -> Iterator[None]:
+    """Let megatron-core's writer report what it wrote into a queue of this save alone.
+
+    Its own queue belongs to the process: what a save that failed on another rank has left there would become the
+    table of contents of the next one, and that checkpoint would point at the wrong bytes (0.16.1 and 0.19.2,
+    strategies/filesystem_async.py, `_results_queue` and `retrieve_write_results`). A save that waits for its writer
+    needs no more than a queue between threads, and saves the time of starting the process that serves the other.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 @contextmanager
