@@ -29,12 +29,13 @@ def run_colocated(model, batch):
     """Every rank has both components, whose data-parallel replicas each take their share of images or of texts."""
     images = model.mimo_groups.mine["images"].dp
     inputs = None
-    if batch["pixels"] is not None:
-        grids = batch["grids"].chunk(images.size())[images.rank()]
-        counts = batch["grids"].prod(1).chunk(images.size())
-        first = sum(int(count.sum()) for count in counts[: images.rank()])
-        share = batch["pixels"][first : first + int(counts[images.rank()].sum())]
-        inputs = {"images": {"qwen_visual": {"pixel_values": share, "grid_thw": grids}}}
+    if batch["inputs"] is not None:
+        whole = batch["inputs"]["qwen_visual"]
+        grids = whole["grid_thw"].chunk(images.size())
+        patches = [int(some.prod(1).sum()) for some in grids]
+        pixels = whole["pixel_values"].split(patches)
+        mine = {"pixel_values": pixels[images.rank()], "grid_thw": grids[images.rank()]}
+        inputs = {"images": {"qwen_visual": mine}}
     language = model.mimo_groups.mine["language"].dp
     tokens = batch["tokens"].chunk(language.size())[language.rank()]
     positions = batch["positions"].chunk(language.size(), dim=1)[language.rank()]
@@ -47,9 +48,7 @@ def run_disjoint(model, batch):
     import torch.distributed as dist
 
     me, groups = dist.get_rank(), model.mimo_groups
-    inputs = None
-    if batch["pixels"] is not None:
-        inputs = {"images": {"qwen_visual": {"pixel_values": batch["pixels"], "grid_thw": batch["grids"]}}}
+    inputs = None if batch["inputs"] is None else {"images": batch["inputs"]}
     passed: Any = None
     output = None
     for name in ("images", "language"):
@@ -66,3 +65,33 @@ def run_disjoint(model, batch):
             dist.broadcast_object_list(held, src=ranks[0])
             passed = held[0]
     return output
+
+
+def llava(path: str, layouts: Layouts, out: str, run: str, batches: list[dict[str, Any]]):
+    """A third party's model: logits as `logits` gives them, with a tower from a function; saved as HF and Megatron."""
+    import llava_family
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+    from bridge_mimo.towers import clip_tower_spec, projector_spec, vision_modality_spec
+
+    llava_family.register()
+    bridge = bridge_of(path, layouts)
+
+    def images(fields, settings, groups, spec):
+        sizes = fields["vision_hidden_size"], fields["hidden_size"], fields["hidden_size"]
+        tower = clip_tower_spec(bridge.config["vision_config"], settings, groups=groups, spec=spec)
+        projector = projector_spec(sizes, settings, groups=groups, spec=spec)
+        return vision_modality_spec({"clip": tower}, groups=groups, input_projections=[projector])
+
+    with host_backend(), torch.no_grad():
+        provider = bridge.to_megatron_mimo_provider(spec="host")
+        provider.modality_specs["images"] = images
+        model = provider.provide()
+        bridge.load_hf_weights(model)
+        bridge.save_hf_pretrained(model, out)
+        bridge.save_megatron_model(model, run)
+        model.eval()
+        found = [run_disjoint(model, batch) for batch in batches]
+    language = model.mimo_groups.collections["language"]
+    return found, None if language is None else language.tp.rank()

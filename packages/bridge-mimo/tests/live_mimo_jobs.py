@@ -34,6 +34,8 @@ def build(bridge):
 
 def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False, bucket_bytes: int = 60_000):
     """Load, save, stream with mcore's global state poisoned: what each step said on this rank."""
+    import torch
+    import torch.distributed as dist
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core.runtime.host import host_backend
@@ -48,6 +50,15 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
         stream = bridge.stream(model, bucket_bytes=bucket_bytes)
         tensors = {name: tensor.clone() for name, tensor in stream}
         again = [name for name, _ in stream]
+        bridge.save_hf_pretrained(model, f"{out}-whole", one_writer_per_file=True, bucket_bytes=bucket_bytes)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+        node = dist.group.WORLD
+        again_loaded = bridge.load_hf_weights(
+            model, one_reader_per_node=True, node_group=node, bucket_bytes=bucket_bytes
+        )
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         model.destroy()
     return {
         "loaded": loaded,
@@ -55,8 +66,26 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
         "stream": tensors,
         "again": again,
         "metadata": stream.metadata(),
+        "collectives": stream.collectives,
         "reads": sorted(reads),
+        "read_alone": again_loaded.bytes_read,
     }
+
+
+def describe(path: str, layouts: Layouts):
+    """What this rank says of its shards: M2N entries with tensors; name and size of what it owns first."""
+    from bridge_core.runtime.host import host_backend
+
+    bridge = bridge_of(path, layouts)
+    with host_backend():
+        model = build(bridge)
+        bridge.load_hf_weights(model)
+        entries = [
+            (entry.key, entry.mesh, entry.box, entry.replica, entry.local_tensor())
+            for entry in bridge.m2n_entries(model)
+        ]
+        shards = [(shard.name, shard.tensor.numel()) for shard in bridge.iter_local_shards(model) if not shard.replica]
+    return entries, shards
 
 
 def save_checkpoint(path: str, layouts: Layouts, run: str, *, colocated: bool = False):
@@ -136,6 +165,25 @@ def fail_on_one_rank(path: str, layouts: Layouts, out: str, failing: int):
         bridge.load_hf_weights(model)  # the groups are whole
         assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
     return told
+
+
+def settings_stay(path: str):
+    """Build a `MimoModel`, then a plain model of the same provider; whether settings changed, and who predicts."""
+    import torch.distributed as dist
+
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import global_state_for_mtp
+    from bridge_core.testing.rank_worker import groups
+
+    bridge = bridge_of(path, {"language": {"tp": 2, "dp": 1}, "images": {"dp": 1}})
+    with host_backend(), global_state_for_mtp(bridge.fields, {}):
+        provider = bridge.to_megatron_mimo_provider(spec="host")
+        before = dict(vars(provider.language)["_settings"])
+        model = provider.provide()
+        same = before == vars(provider.language)["_settings"]
+        (plain,) = provider.language.provide(groups(dp=dist.get_world_size()))
+    beside = model.language_model is not None and any("mtp" in name for name, _ in model.named_parameters())
+    return same, beside, any(name.startswith("mtp.") for name, _ in plain.named_parameters())
 
 
 def refuse(path: str, kind: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
 
-from live_mimo_jobs import round_trip  # noqa: E402
+from live_mimo_jobs import describe, round_trip  # noqa: E402
 
 from bridge_core import verify  # noqa: E402
 from bridge_core.checkpoint.hf_folder import open_hf  # noqa: E402
@@ -22,6 +24,11 @@ CASES = {
     "experts ep2, images tp2": ("qwen3_vl_moe", 4, {"language": {"ep": 2, "dp": 2}, "images": {"tp": 2}}),
     "language pp2, images pp2": ("qwen3_5_moe", 4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2}}),
     "language tp2 pp2, images dp2": ("qwen3_5-tied", 6, {"language": {"tp": 2, "pp": 2}, "images": {"dp": 2}}),
+    "language tp2 ep2 etp1 dp2, images tp2 pp2": (
+        "qwen3_5_moe",
+        8,
+        {"images": {"tp": 2, "pp": 2}, "language": {"tp": 2, "ep": 2, "etp": 1, "dp": 2}},
+    ),
     "colocated, language tp4, images tp2": ("qwen3_vl", 4, {"language": {"tp": 4}, "images": {"tp": 2}}),
 }
 
@@ -38,7 +45,9 @@ def test_hf_weights_go_into_components_and_out_again(rank_pool, tmp_path, case):
 
 def check(results, folder, out, layouts, *, colocated=False):
     assert not any(result["reads"] for result in results)
-    assert (folder / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    original = (folder / "model.safetensors").read_bytes()
+    assert original == (out / "model.safetensors").read_bytes()
+    assert original == Path(f"{out}-whole", "model.safetensors").read_bytes()
     found = verify(folder, out)
     assert found.ok, found
     hf = open_hf(folder)
@@ -51,10 +60,30 @@ def check(results, folder, out, layouts, *, colocated=False):
         assert all(name.startswith("mtp.") for name in result["loaded"].ignored)
     written = sum(result["saved"].bytes_written for result in results)
     assert written == sum(tensor.nbytes for tensor in hf.tensors.values())
+    assert [bool(result["read_alone"]) for result in results] == [rank == 0 for rank in range(len(results))]
     plan = plan_of(folder, layouts, len(results), colocated=colocated)
     for rank, result in enumerate(results):
         mine = [piece for shard in plan.local_shards(rank) for piece in shard.pieces]
         assert result["loaded"].bytes_read == sum(piece.numel * 4 for piece in mine)
+
+
+def test_ranks_say_what_they_hold_of_which_hf_tensor(rank_pool, tmp_path):
+    folder = save_published(make_model("qwen3_vl"), tmp_path / "hf")
+    layouts = {"images": {"tp": 2}, "language": {"tp": 2}}
+    results = rank_pool.run(describe, str(folder), layouts, ranks=range(4))
+    weights = load(folder)
+    owned = dict.fromkeys(weights, 0)
+    for rank, (entries, shards) in enumerate(results):
+        component = range(2) if rank < 2 else range(2, 4)
+        for key, mesh, box, replica, tensor in entries:
+            assert ("visual" in key) == (rank < 2)
+            assert rank in mesh[replica]
+            assert set().union(*mesh) <= set(component)
+            region = tuple(slice(start, start + size) for start, size in zip(*box, strict=True))
+            assert torch.equal(tensor, weights[key][region])
+        for name, elements in shards:
+            owned[name] += elements
+    assert owned == {name: tensor.numel() for name, tensor in weights.items()}
 
 
 def plan_of(folder, layouts, ranks, *, colocated):

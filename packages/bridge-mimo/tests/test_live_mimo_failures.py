@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the models are transformers'")
 
-from live_mimo_jobs import fail_on_one_rank, refuse  # noqa: E402
+from live_mimo_jobs import fail_on_one_rank, refuse, settings_stay  # noqa: E402
 
 from bridge_core.testing.hf_layouts import save_published  # noqa: E402
 from bridge_core.testing.hf_models import make_model  # noqa: E402
@@ -46,3 +46,8 @@ def test_what_cannot_be_is_refused_on_all_ranks(rank_pool, folder, kind):
     ranks = 3 if kind == "vpp" else 2
     for text in rank_pool.run(refuse, str(folder), kind, ranks=range(ranks)):
         assert all(words in text for words in REFUSED[kind]), text
+
+
+def test_building_leaves_the_provider_as_it_is(rank_pool, folder):
+    """What `MimoModel` has no place for is still there for a plain model."""
+    assert rank_pool.run(settings_stay, str(folder), ranks=range(3)) == [(True, False, True)] * 3

@@ -8,10 +8,13 @@ torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
 
-from forward_jobs import logits  # noqa: E402
+import llava_family  # noqa: E402
+from forward_jobs import llava, logits  # noqa: E402
 
+from bridge_core import verify  # noqa: E402
 from bridge_core.testing.hf_layouts import save_published  # noqa: E402
-from bridge_core.testing.hf_models import make_model  # noqa: E402
+from bridge_core.testing.hf_models import make_model, save_model  # noqa: E402
+from bridge_mimo.checkpoint.convert import verify as mimo_verify  # noqa: E402
 
 CASES = {
     "qwen3_vl": (6, {"language": {"tp": 2, "pp": 2, "dp": 1}, "images": {"tp": 2, "dp": 1}}),  # deepstack
@@ -49,7 +52,7 @@ def batch(model, *, images):
     tokens = (torch.arange(28) * 7 % 110).view(2, 14)
     if not images:
         positions = torch.arange(14).expand(3, 2, 14)
-        return {"tokens": tokens, "pixels": None, "grids": None, "positions": positions}
+        return {"tokens": tokens, "inputs": None, "positions": positions}
     for row, first in enumerate((3, 8)):
         tokens[row, first] = TOKENS["vision_start_token_id"]
         tokens[row, first + 1 : first + 5] = TOKENS["image_token_id"]
@@ -60,18 +63,44 @@ def batch(model, *, images):
     kinds = (tokens == TOKENS["image_token_id"]).int()
     positions, _ = model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=GRIDS)
     assert len({tuple(axis.flatten().tolist()) for axis in positions}) == 3, "the axes differ"
-    return {"tokens": tokens, "pixels": pixels, "grids": GRIDS, "positions": positions}
+    inputs = {"qwen_visual": {"pixel_values": pixels, "grid_thw": GRIDS}}
+    return {"tokens": tokens, "inputs": inputs, "positions": positions}
 
 
 def expected(model, batches):
-    with torch.no_grad():
-        return [
-            model(
+    found = []
+    for one in batches:
+        images = (one["inputs"] or {}).get("qwen_visual", {})
+        with torch.no_grad():
+            output = model(
                 input_ids=one["tokens"],
                 position_ids=one["positions"],
-                pixel_values=one["pixels"],
-                image_grid_thw=one["grids"],
+                pixel_values=images.get("pixel_values"),
+                image_grid_thw=images.get("grid_thw"),
                 mm_token_type_ids=(one["tokens"] == TOKENS["image_token_id"]).int(),
-            ).logits
-            for one in batches
-        ]
+            )
+        found.append(output.logits)
+    return found
+
+
+def test_a_model_that_a_third_party_registered(rank_pool, tmp_path):
+    """LLaVA: a CLIP tower and a projector on two ranks, Llama on two others; no code here knows it."""
+    llava_family.register()
+    model = llava_family.tiny_model()
+    folder = save_model(model, tmp_path / "hf")
+    image = model.config.image_token_index
+    tokens = 10 + torch.arange(44).view(2, 22) * 7 % 110
+    text = {"tokens": tokens.clone(), "inputs": None, "positions": torch.arange(22).expand(2, 22)}
+    tokens[0, 3:19] = tokens[1, 1:17] = image
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    seen = text | {"tokens": tokens, "inputs": {"clip": {"pixel_values": pixels}}}
+    layouts = {"language": {"tp": 2, "dp": 1}, "images": {"tp": 2, "dp": 1}}
+    out, run = tmp_path / "out", tmp_path / "run"
+    results = rank_pool.run(llava, str(folder), layouts, str(out), str(run), [seen, text], ranks=range(4))
+    assert verify(folder, out).ok
+    assert mimo_verify(folder, run).ok
+    for number, one in enumerate((seen, text)):
+        with torch.no_grad():
+            theirs = model(one["tokens"], pixel_values=pixels if one["inputs"] else None).logits
+        parts = [found[number] for found, tp in results if tp is not None]
+        torch.testing.assert_close(torch.cat(parts, dim=-1)[..., :VOCABULARY], theirs, rtol=0, atol=1e-4)
