@@ -87,3 +87,98 @@ def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, *, colocate
         report = bridge.load_megatron_model(model, run)
         bridge.save_hf_pretrained(model, out)
         return report, sorted(reads)
+
+
+def fail_on_one_rank(path: str, layouts: Layouts, out: str, failing: int):
+    """One rank cannot read, write or stream; what every rank is told in each step, and whether it goes on."""
+    import torch.distributed as dist
+
+    from bridge_core import BridgeError
+    from bridge_core.runtime import load
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.runtime.shared_files import SharedFiles
+
+    def broken(*args, **kwargs):
+        raise MemoryError(f"no memory left on rank {failing}")
+
+    def stream_to_the_fourth(bridge, model):
+        for number, (_, tensor) in enumerate(bridge.export_hf_weights(model, bucket_bytes=20_000)):
+            assert tensor.numel()
+            if dist.get_rank() == failing and number == 3:
+                broken()
+
+    bridge = bridge_of(path, layouts)
+    told = {}
+    with host_backend():
+        model = build(bridge)
+        bridge.load_hf_weights(model)
+        steps = {
+            "load": lambda: bridge.load_hf_weights(model),
+            "save": lambda: bridge.save_hf_pretrained(model, f"{out}/hf"),
+            "stream": lambda: stream_to_the_fourth(bridge, model),
+            "checkpoint": lambda: bridge.save_megatron_model(model, f"{out}/run"),
+        }
+        originals = load.gather, SharedFiles._write
+        for name, step in steps.items():
+            if dist.get_rank() == failing:
+                load.gather = SharedFiles._write = broken
+                if name == "checkpoint":
+                    module = next(iter(model.modality_submodules.values()), model.language_model)
+                    module.sharded_state_dict = broken
+            try:
+                step()
+                told[name] = "no error"
+            except (BridgeError, MemoryError) as error:
+                told[name] = str(error)
+            finally:
+                load.gather, SharedFiles._write = originals
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        bridge.load_hf_weights(model)  # the groups are whole
+        assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
+    return told
+
+
+def refuse(path: str, kind: str) -> str:
+    """Ask for what cannot be; the error's text."""
+    import torch
+    import torch.distributed as dist
+
+    from bridge_core import BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_mimo import ComponentLayout, MegatronMIMOBridge
+
+    one = {"language": {}, "images": {}}
+    try:
+        with host_backend():
+            if kind == "ranks":
+                layouts = {name: ComponentLayout() for name in one}
+                bridge = MegatronMIMOBridge.from_hf_pretrained(path, parallelism=layouts, world_size=None)
+                bridge = bridge.with_parallelism({"language": ComponentLayout(tp=4), "images": ComponentLayout()})
+                build(bridge)
+            elif kind == "vpp":
+                build(bridge_of(path, {"language": {"pp": 2, "vpp": 2, "dp": 1}, "images": {"dp": 1}}))
+            elif kind == "groups":
+                bridge = bridge_of(path, one)
+                model = build(bridge)
+                del model.mimo_groups
+                bridge.load_hf_weights(model)
+            elif kind == "component":
+                bridge = bridge_of(path, one)
+                model = build(bridge)
+                if dist.get_rank() == 1:
+                    del model.modality_submodules["images"]
+                bridge.load_hf_weights(model)
+            elif kind == "parameter":
+                bridge = bridge_of(path, one)
+                model = build(bridge)
+                if model.language_model is not None:
+                    model.language_model.extra = torch.nn.Parameter(torch.ones(1))
+                bridge.load_hf_weights(model)
+            elif kind == "carried":
+                bridge = bridge_of(path, one)
+                model = build(bridge)
+                bridge.load_hf_weights(model)
+                bridge.save_hf_pretrained(model, f"{path}-out", source=None)
+    except BridgeError as error:
+        return str(error)
+    return "no error"

@@ -13,6 +13,7 @@ from bridge_core.runtime.provider import Provider
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE, ComponentLayout
 from bridge_mimo.runtime.groups import MimoGroups, check_live, make_groups, takes_grids
+from bridge_mimo.runtime.live import LANGUAGE_MODULE, groups_of
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -122,9 +123,7 @@ class MimoProvider:
         model = self.provide(groups)
         if torch.cuda.is_available() and self.language.spec != "host":
             model = model.cuda()
-        if wrap_with_ddp:
-            _wrap(model, ddp_config)
-        return model
+        return wrap_in_ddp(model, ddp_config) if wrap_with_ddp else model
 
     def config(self, groups: MimoGroups) -> MimoModelConfig:
         """mcore's configuration of these settings, for one rank of some groups."""
@@ -209,13 +208,23 @@ def _language_class(*, mrope: bool) -> type:
     return GPTModel
 
 
-def _wrap(model: Any, ddp_config: Any) -> None:
-    """Wrap this rank's components in DDP, in place."""
+def wrap_in_ddp(model: MimoModel, ddp_config: Any = None) -> MimoModel:
+    """Wrap each of this rank's components in mcore's DDP, over the data-parallel ranks of its own; in place.
+
+    Adapters come before this (bridge-peft's `apply_lora`). A component of which nothing is trained stays bare.
+
+    Args:
+        model: of a `MimoProvider`.
+        ddp_config: a `DistributedDataParallelConfig`; by default mcore's defaults.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    for name, groups in model.mimo_groups.mine.items():
-        where, key = (model._modules, "language_model") if name == LANGUAGE else (model.modality_submodules, name)
-        module = where[key]
-        config = module.config if name == LANGUAGE else next(iter(module.encoders.values())).config
-        options = ddp_config or DistributedDataParallelConfig()
-        where[key] = DistributedDataParallel(config, options, module, pg_collection=groups)
+    for name, groups in groups_of(model).mine.items():
+        parent, key = (model, LANGUAGE_MODULE) if name == LANGUAGE else (model.modality_submodules, name)
+        module = parent.get_submodule(key)
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            config = module.config if name == LANGUAGE else next(iter(module.encoders.values())).config
+            options = ddp_config or DistributedDataParallelConfig()
+            wrapped = DistributedDataParallel(config, options, module, pg_collection=groups)
+            parent.register_module(key, wrapped)
+    return model

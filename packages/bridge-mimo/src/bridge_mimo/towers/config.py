@@ -150,8 +150,9 @@ def _check(settings: Mapping[str, Any], model: Mapping[str, Any], known: set[str
             got={name: settings[name] for name in fixed},
         )
     names = ("sequence_parallel", "context_parallel_size", "virtual_pipeline_model_parallel_size")
-    got = {name: settings[name] for name in names if settings.get(name) not in (None, False, 1)}
-    if got:
+    if got := {
+        name: settings[name] for name in names if settings.get(name) and (settings[name] is True or settings[name] > 1)
+    }:
         raise LayoutError(
             "a vision tower is cut by heads and layers only: images differ in size, and a stage is one chunk",
             where=", ".join(got),

@@ -139,6 +139,7 @@ class QwenVisionTower(VisionModule):
             pg_collection=self.pg_collection,
         )
         held = [layer.layer_number - 1 for layer in self.decoder.layers]
+        self.earlier = sum(layer < (held[0] if held else config.num_layers) for layer in sizes.deepstack)
         self.deepstack = {layer: str(sizes.deepstack.index(layer)) for layer in held if layer in sizes.deepstack}
         self.deepstack_merger_list = torch.nn.ModuleDict(
             {
@@ -192,10 +193,11 @@ class QwenVisionTower(VisionModule):
 
     def _received(self, pixels: Tensor | None, patches: Patches) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [patches, 1, hidden], and what earlier deepstack mergers made [blocks, out]."""
-        count = len(patches.coordinates)
+        count, hidden = len(patches.coordinates), self.config.hidden_size
         given = pixels if self.pre_process else self.input_tensor
-        width = self.sizes.pixels if self.pre_process else self.config.hidden_size
-        if given is None or len(given) != count or given.shape[-1] < width:
+        feature = self.sizes.out // self.sizes.merge**2
+        width = self.sizes.pixels if self.pre_process else hidden + self.earlier * feature
+        if given is None or len(given) != count or given.shape[-1] != width:
             raise ConfigError(
                 "pixels do not fit the grids" if self.pre_process else "hidden states do not fit the grids",
                 where="pixel_values" if self.pre_process else "the tensor from the stage before",
@@ -208,10 +210,10 @@ class QwenVisionTower(VisionModule):
             positions = (F.embedding(rows.to(table.device), table) * weights.to(table.device)[:, :, None]).sum(1)
             embedded = self.patch_embed(given.to(table.device))
             return (embedded + positions.to(embedded.dtype)).unsqueeze(1), []
-        beside = (
-            given[..., width:].split(self.sizes.out // self.sizes.merge**2, dim=-1) if width < given.shape[-1] else ()
-        )
-        return given[..., :width].contiguous(), [part.reshape(-1, self.sizes.out) for part in beside]
+        if not self.earlier:
+            return given, []
+        beside = given[..., hidden:].split(feature, dim=-1)
+        return given[..., :hidden].contiguous(), [part.reshape(-1, self.sizes.out) for part in beside]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
