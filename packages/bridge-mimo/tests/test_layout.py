@@ -127,6 +127,12 @@ def test_colocated_components_are_in_one_place_and_have_no_pipeline():
     assert "pipeline" in refusal({"language": C(pp=2), "images": C()}, 2, colocated=True).what
 
 
+@pytest.mark.parametrize("world", [0, -1, 2.0, True])
+def test_a_world_without_ranks(world):
+    for colocated in (False, True):
+        assert refusal({"language": C()}, world, colocated=colocated).where == "world_size"
+
+
 @pytest.mark.parametrize("options", [{"rank_offset": -1}, {"rank_offset": True}, {"tp": 0}, {"vpp": 2}])
 def test_numbers_that_are_none(options):
     with pytest.raises(LayoutError):

@@ -60,6 +60,7 @@ def test_there_and_back_to_the_bit(published, tmp_path, name):
     bridge = MegatronMIMOBridge.from_hf_pretrained(hf, parallelism=TWO)
     imported = bridge.import_ckpt(hf, tmp_path / "megatron", parallelism=TWO)
     exported = bridge.export_ckpt(tmp_path / "megatron", tmp_path / "hf")
+    assert not exported.from_source
     assert imported.tensors == exported.tensors == len(open_hf(hf).tensors)
     same_files(hf, tmp_path / "hf")
     assert verify(hf, tmp_path / "megatron").ok
@@ -157,7 +158,9 @@ def trained(published, tmp_path):
 
 def test_prediction_layers_come_from_the_source_of_a_run(published, tmp_path, trained):
     hf = published("qwen3_5")
-    export_ckpt(trained, tmp_path / "back", source=hf)
+    report = export_ckpt(trained, tmp_path / "back", source=hf)
+    assert len(report.from_source) == 15
+    assert all(name.startswith("mtp.") for name in report.from_source)
     same_files(hf, tmp_path / "back")
 
 

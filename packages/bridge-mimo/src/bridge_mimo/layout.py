@@ -98,6 +98,8 @@ def auto_fill_layout(
             numbers and draws who has which rank.
     """
     _check_names(components)
+    if world_size is not None and (type(world_size) is not int or world_size < 1):
+        raise LayoutError("world_size is no number of ranks", where="world_size", expected=">= 1", got=repr(world_size))
     if colocated:
         filled = _fill_colocated(components, world_size)
     else:

@@ -67,6 +67,7 @@ class Report:
         moved: bytes by the path they took, this worker's share of `nbytes`.
         ignored: tensors of the source that were left out, each with the reason.
         carried: files beside the weights that were copied.
+        from_source: HF tensors that the checkpoint did not hold, and that were copied from the source of an export.
     """
 
     output: Path
@@ -76,6 +77,7 @@ class Report:
     moved: Moved
     ignored: dict[str, str]
     carried: tuple[str, ...]
+    from_source: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,7 @@ class _Conversion:
     prepare: Callable[[Path], None]
     fill: Callable[[Path, int, int], Moved]
     finish: Callable[[Path], None]
+    from_source: tuple[str, ...] = ()
     check: Callable[[], None] = lambda: None
 
 
@@ -234,6 +237,7 @@ def _write(ready: _Conversion, shown: Path, options: Options, on_total: Callable
         moved=moved,
         ignored=ready.ignored,
         carried=tuple(str(file.relative_to(ready.base)) for file in ready.carried),
+        from_source=ready.from_source,
     )
 
 
@@ -381,6 +385,7 @@ def _plan_export(
         prepare=partial(_prepare_export, layout, base, carried),
         fill=lambda folder, rank, size: transfer(mine, threads=options.threads, progress=options.progress),
         finish=lambda folder: finish_hf_folder(folder, layout, config, codec=plan.codec, like=like),
+        from_source=tuple(sorted(others)),
     )
 
 

@@ -189,6 +189,7 @@ def to_dict(report: Report, seconds: float) -> dict[str, Any]:
         "moved": report.moved._asdict(),
         "ignored": report.ignored,
         "carried": list(report.carried),
+        "from_source": list(report.from_source),
     }
 
 
@@ -203,6 +204,7 @@ def _text(done: str, report: Report, seconds: float) -> str:
         ("to", report.output),
         ("in", f"{seconds:.2f} s, {in_bytes(report.nbytes / seconds)}/s"),
         ("carried", preview(report.carried)),
+        ("from source", preview(report.from_source)),
         ("left out", "; ".join(left_out)),
     ])  # fmt: skip
 

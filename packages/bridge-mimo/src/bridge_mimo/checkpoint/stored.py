@@ -85,9 +85,8 @@ def mimo_variant(layouts: Layouts | None = None, *, colocated: bool = False) -> 
     def sections(family: Family, fields: Fields) -> Mapping[str, Any]:
         found = components(family, fields, None)
         if layouts is not None:
-            MimoPlan(
-                found, layouts, colocated=colocated
-            )  # layouts that do not fit are refused before a byte is written
+            # Layouts that do not fit are refused before a byte is written.
+            MimoPlan(found, layouts, colocated=colocated)
         return components_section(found, layouts or {}, colocated=colocated)
 
     return Variant(
