@@ -7,13 +7,13 @@ from typing import Any
 from live_mimo_jobs import Layouts, bridge_of, build
 
 
-def logits(path: str, layouts: Layouts, batches: list[dict[str, Any]], *, colocated: bool = False):
+def logits(path: str, layouts: Layouts, batches: list[dict[str, Any]], *, colocated: bool = False, hf_towers=()):
     """Logits [B, S, V / tp] of each batch on this rank, None but on the language model's last stage; its tp rank."""
     import torch
 
     from bridge_core.runtime.host import host_backend
 
-    bridge = bridge_of(path, layouts, colocated=colocated)
+    bridge = bridge_of(path, layouts, colocated=colocated, hf_towers=hf_towers)
     with host_backend(), torch.no_grad():
         model = build(bridge)
         bridge.load_hf_weights(model)

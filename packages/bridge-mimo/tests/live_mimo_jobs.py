@@ -10,16 +10,17 @@ Layouts = dict[str, dict[str, Any]]
 UNUSED = frozenset({"get_gtp_weight_remat_group", "get_expert_gtp_weight_remat_group"})
 
 
-def bridge_of(path: str, layouts: Layouts, *, colocated: bool = False, ignore=()):
+def bridge_of(path: str, layouts: Layouts, *, colocated: bool = False, ignore=(), hf_towers=()):
     """The bridge of the model in an HF folder, for as many ranks as the job has."""
     import torch.distributed as dist
 
     from bridge_mimo import ComponentLayout, MegatronMIMOBridge
 
     wanted = {name: ComponentLayout(**sizes) for name, sizes in layouts.items()}
-    return MegatronMIMOBridge.from_hf_pretrained(
+    bridge = MegatronMIMOBridge.from_hf_pretrained(
         path, parallelism=wanted, world_size=dist.get_world_size(), colocated=colocated, ignore=ignore
     )
+    return bridge.with_hf_towers(*hf_towers)
 
 
 def build(bridge):
@@ -75,10 +76,11 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
 def describe(path: str, layouts: Layouts):
     """What this rank says of its shards: M2N entries with tensors; name and size of what it owns first."""
     from bridge_core.runtime.host import host_backend
+    from bridge_mimo.runtime.provider import wrap_in_ddp
 
     bridge = bridge_of(path, layouts)
     with host_backend():
-        model = build(bridge)
+        model = wrap_in_ddp(build(bridge))
         bridge.load_hf_weights(model)
         entries = [
             (entry.key, entry.mesh, entry.box, entry.replica, entry.local_tensor())
@@ -88,13 +90,13 @@ def describe(path: str, layouts: Layouts):
     return entries, shards
 
 
-def save_checkpoint(path: str, layouts: Layouts, run: str, *, colocated: bool = False):
+def save_checkpoint(path: str, layouts: Layouts, run: str, **options: Any):
     """HF weights into a live model, and a checkpoint of it."""
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core.runtime.host import host_backend
 
-    bridge = bridge_of(path, layouts, colocated=colocated)
+    bridge = bridge_of(path, layouts, **options)
     with host_backend(), poisoned_parallel_state(UNUSED) as reads:
         model = build(bridge)
         reads.clear()
@@ -103,13 +105,13 @@ def save_checkpoint(path: str, layouts: Layouts, run: str, *, colocated: bool = 
         return report, sorted(reads)
 
 
-def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, *, colocated: bool = False):
+def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, **options: Any):
     """A checkpoint into a live model of other layouts, and an HF folder of it."""
     from runtime.helpers import poisoned_parallel_state
 
     from bridge_core.runtime.host import host_backend
 
-    bridge = bridge_of(path, layouts, colocated=colocated)
+    bridge = bridge_of(path, layouts, **options)
     with host_backend(), poisoned_parallel_state(UNUSED) as reads:
         model = build(bridge)
         reads.clear()
@@ -205,6 +207,10 @@ def refuse(path: str, kind: str) -> str:
                 build(bridge)
             elif kind == "vpp":
                 build(bridge_of(path, {"language": {"pp": 2, "vpp": 2, "dp": 1}, "images": {"dp": 1}}))
+            elif kind == "heads":
+                build(bridge_of(path, {"language": {"dp": 1}, "images": {"tp": 3, "dp": 1}}))
+            elif kind == "layers":
+                build(bridge_of(path, {"language": {"dp": 1}, "images": {"pp": 3, "dp": 1}}))
             elif kind == "groups":
                 bridge = bridge_of(path, one)
                 model = build(bridge)

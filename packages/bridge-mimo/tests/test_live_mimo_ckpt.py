@@ -20,7 +20,11 @@ CASES = {
     "qwen3_5": ((3, {"language": {"tp": 2, "dp": 1}, "images": {"dp": 1}}), (2, {"images": {"tp": 2}, "language": {}})),
     "qwen3_vl_moe": (
         (4, {"language": {"ep": 2, "dp": 2}, "images": {"tp": 2}}),
-        (4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2}}),
+        (4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2, "num_layers_in_first_pipeline_stage": 2}}),
+    ),
+    "qwen3_vl hf-tower": (
+        (3, {"language": {"dp": 1}, "images": {"tp": 2, "dp": 1}}),
+        (2, {"language": {"tp": 2}, "images": {}}),
     ),
 }
 
@@ -28,23 +32,25 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_is_that_of_an_import_and_loads_elsewhere(rank_pool, tmp_path, name):
     (ranks, layouts), (others, elsewhere) = CASES[name]
-    folder = save_published(make_model(name), tmp_path / "hf")
-    saved = rank_pool.run(save_checkpoint, str(folder), layouts, str(tmp_path / "run"), ranks=range(ranks))
+    folder = save_published(make_model(name.split()[0]), tmp_path / "hf")
+    towers = ("images",) if name.endswith("hf-tower") else ()
+    job = (save_checkpoint, str(folder), layouts, str(tmp_path / "run"))
+    saved = rank_pool.run(*job, hf_towers=towers, ranks=range(ranks))
     assert [report.iteration for report, _ in saved] == [7] * ranks
-    compare(folder, tmp_path)
+    compare(folder, tmp_path, towers)
 
     out = tmp_path / "out"
     together = all("dp" not in sizes for sizes in elsewhere.values())
     job = (load_checkpoint, str(folder), elsewhere, str(tmp_path / "run"), str(out))
-    loaded = rank_pool.run(*job, colocated=together, ranks=range(others))
+    loaded = rank_pool.run(*job, colocated=together, hf_towers=towers, ranks=range(others))
     assert [report.iteration for report, _ in loaded] == [7] * others
     assert not any(reads for _, reads in [*saved, *loaded])
     assert (folder / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-def compare(folder, tmp_path):
+def compare(folder, tmp_path, towers):
     """The live checkpoint holds the keys, shapes and bytes of an offline import, and exports without its source."""
-    MegatronMIMOBridge.import_ckpt(folder, tmp_path / "imported")
+    MegatronMIMOBridge.import_ckpt(folder, tmp_path / "imported", hf_towers=towers)
     live, imported = (read_dcp(next((tmp_path / run).glob("iter_*"))) for run in ("run", "imported"))
     shapes = [{key: tensor.shape for key, tensor in dcp.tensors.items()} for dcp in (live, imported)]
     padded = {key for key in shapes[0] if key.endswith(("word_embeddings.weight", "output_layer.weight"))}

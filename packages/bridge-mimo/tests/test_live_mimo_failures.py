@@ -34,6 +34,8 @@ def test_one_rank_ends_all(rank_pool, folder, tmp_path, failing):
 REFUSED = {
     "ranks": ("expected: 5 ranks", "got:      2 ranks"),
     "vpp": ("no virtual pipeline stages", "language: vpp=2"),
+    "heads": ("attention heads do not divide", "4 heads"),
+    "layers": ("pp=3", "2"),
     "groups": ("does not know the process groups", "make_groups(layouts)"),
     "component": ("does not have a component that its groups say", "component images"),
     "parameter": ("the plan lacks 1", "language_model.extra"),
@@ -43,7 +45,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_is_refused_on_all_ranks(rank_pool, folder, kind):
-    ranks = 3 if kind == "vpp" else 2
+    ranks = {"vpp": 3, "heads": 4, "layers": 4}.get(kind, 2)
     for text in rank_pool.run(refuse, str(folder), kind, ranks=range(ranks)):
         assert all(words in text for words in REFUSED[kind]), text
 

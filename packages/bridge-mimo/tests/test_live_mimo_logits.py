@@ -22,6 +22,7 @@ CASES = {
     "qwen3_vl_moe": (4, {"images": {"tp": 2}, "language": {"ep": 2, "dp": 2}}),
     "qwen3_5 colocated": (4, {"language": {"tp": 4}, "images": {"tp": 2}}),
     "qwen3_vl colocated": (2, {"language": {"tp": 1}, "images": {"tp": 2}}),
+    "qwen3_vl hf-tower": (3, {"language": {"dp": 1}, "images": {"tp": 2, "dp": 1}}),
 }
 TOKENS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
 GRIDS = torch.tensor([[1, 4, 4], [1, 2, 8]])
@@ -35,7 +36,8 @@ def test_logits_are_those_of_transformers(rank_pool, tmp_path, case):
     folder = save_published(model, tmp_path / "hf")
     batches = [batch(model, images=True), batch(model, images=False)]
     together = case.endswith("colocated")
-    results = rank_pool.run(logits, str(folder), layouts, batches, colocated=together, ranks=range(ranks))
+    options = {"colocated": together, "hf_towers": ("images",) if case.endswith("hf-tower") else ()}
+    results = rank_pool.run(logits, str(folder), layouts, batches, **options, ranks=range(ranks))
     for number, theirs in enumerate(expected(model, batches)):
         outputs = [(tp, found[number]) for found, tp in results if found[number] is not None]
         tp = layouts["language"].get("tp", 1)

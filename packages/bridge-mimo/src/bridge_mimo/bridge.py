@@ -37,11 +37,13 @@ class MegatronMIMOBridge(AutoBridge):
         layouts: layout by component, filled in; by default one rank for each.
         world_size: ranks of the run.
         colocated: whether all components are on the same ranks.
+        hf_towers: components whose towers are HF's own, whole on every rank.
     """
 
     layouts: dict[str, ComponentLayout]
     world_size: int
     colocated: bool
+    hf_towers: tuple[str, ...] = ()
 
     @classmethod
     def from_hf_pretrained(
@@ -97,6 +99,24 @@ class MegatronMIMOBridge(AutoBridge):
         found.colocated = colocated
         return found
 
+    def with_hf_towers(self, *names: str) -> Self:
+        """The same bridge for towers that are HF's own, whole on every rank of their components, at pp=1.
+
+        For a tower that nobody has written of megatron-core's layers, or to rule ours out. Training it is not cut over
+        tensor-parallel ranks.
+
+        Args:
+            names: components, such as `images`.
+
+        Raises:
+            ConfigError: the model has no such tower.
+        """
+        found = copy(self)
+        vars(found).pop("components", None)
+        found.hf_towers = names
+        check_component_names(found.components, found.layouts)
+        return found
+
     @staticmethod
     def list_supported_models() -> list[str]:
         """Architectures whose components are known."""
@@ -110,7 +130,7 @@ class MegatronMIMOBridge(AutoBridge):
     @cached_property
     def components(self) -> Components:
         """The model's components, each as a family of its own."""
-        return Components.of(self.family, self.fields)
+        return Components.of(self.family, self.fields, hf_towers=self.hf_towers)
 
     @property
     def routes(self) -> tuple[MIMOComponent, ...]:
@@ -155,7 +175,8 @@ class MegatronMIMOBridge(AutoBridge):
     def import_ckpt(hf_path: str | Path, megatron_path: str | Path, **options: Any) -> Report:
         """Convert an HF folder to a MIMO torch_dist folder, offline. See `checkpoint.convert.import_ckpt`.
 
-        Keyword options are those of `AutoBridge.import_ckpt`, `ignore`, `parallelism`, `world_size` and `colocated`.
+        Keyword options are those of `AutoBridge.import_ckpt`, `ignore`, `parallelism`, `world_size`, `colocated`
+        and `hf_towers`.
         """
         from bridge_mimo.checkpoint.convert import import_ckpt
 

@@ -16,6 +16,7 @@ from bridge_core.families import Family, Fields, Tower, register_family
 from bridge_core.patterns import alternatives
 from bridge_core.plan import scoped
 from bridge_core.topology import PipelineStage
+from bridge_mimo.hf_towers import with_hf_towers
 from bridge_mimo.layout import LANGUAGE
 
 LANGUAGE_MODULES = ("embedding.", "decoder.", "output_layer.")
@@ -210,16 +211,30 @@ class Components:
     Attributes:
         family, fields: of the whole model, as bridge-core has it.
         routes: where its tensors lie in `MimoModel`.
+        hf_towers: components whose towers are HF's own, whole on every rank.
     """
 
     family: Family
     fields: Fields
     routes: tuple[MIMOComponent, ...]
+    hf_towers: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, family: Family, fields: Fields) -> Components:
-        """The components of a model; see `routes_of` for the errors."""
-        return cls(family, fields, routes_of(family, fields))
+    def of(
+        cls,
+        family: Family,
+        fields: Fields,
+        routes: tuple[MIMOComponent, ...] | None = None,
+        *,
+        hf_towers: Sequence[str] = (),
+    ) -> Components:
+        """The components of a model, by its own routes or those given; see `routes_of` for the errors."""
+        family = with_hf_towers(family, fields, hf_towers)
+        if routes is None:
+            routes = routes_of(family, fields)
+        else:
+            validate_routes(family, fields, routes)
+        return cls(family, fields, routes, tuple(hf_towers))
 
     @property
     def names(self) -> tuple[str, ...]:

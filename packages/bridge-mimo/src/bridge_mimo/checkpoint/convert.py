@@ -27,6 +27,7 @@ def import_ckpt(
     parallelism: Layouts | None = None,
     world_size: int | None = None,
     colocated: bool = False,
+    hf_towers: Sequence[str] = (),
     options: Options = _DEFAULTS,
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
@@ -40,6 +41,7 @@ def import_ckpt(
         hf_path, megatron_path, options, ignore, ignore_options, on_total: as for core's `import_ckpt`.
         parallelism: layout by component, to be recorded beside the weights; they are the same for all layouts.
         world_size, colocated: as for `auto_fill_layout`.
+        hf_towers: components whose towers are to be HF's own, whole on every rank (`towers.ReplicatedTower`).
 
     Raises:
         BridgeError: bad input (nothing was written) or a failed write (nothing looks finished); on all workers.
@@ -54,7 +56,7 @@ def import_ckpt(
         ignore=ignore,
         ignore_options=ignore_options,
         on_total=on_total,
-        variant=mimo_variant(layouts, colocated=colocated),
+        variant=mimo_variant(layouts, colocated=colocated, hf_towers=hf_towers),
     )
 
 

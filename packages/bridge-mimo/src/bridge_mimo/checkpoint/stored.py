@@ -5,7 +5,7 @@ With the family and the Megatron fields, which bridge-core's section records, it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from bridge_core.checkpoint.run_config import RUN_CONFIG, read_run_config
 from bridge_core.checkpoint.variant import Variant
 from bridge_core.errors import BridgeError, CheckpointError
 from bridge_core.families import Family, Fields
-from bridge_mimo.components import Components, MIMOComponent, validate_routes
+from bridge_mimo.components import Components, MIMOComponent
 from bridge_mimo.layout import ComponentLayout, Layouts
 from bridge_mimo.plan import MimoPlan
 
@@ -27,18 +27,21 @@ class Stored(NamedTuple):
         routes: where tensors lie in `MimoModel`.
         layouts: of the run that it was made for, by component; empty if that is not known. It loads in any other.
         colocated: whether all components were on the same ranks.
+        hf_towers: components whose towers are HF's own.
     """
 
     routes: tuple[MIMOComponent, ...]
     layouts: dict[str, ComponentLayout]
     colocated: bool
+    hf_towers: tuple[str, ...]
 
 
 def components_section(components: Components, layouts: Layouts, *, colocated: bool) -> dict[str, Any]:
     """The section, to be written."""
     routes = [[route.name, route.source_prefix, route.target_module_path] for route in components.routes]
     written = {name: layout.to_dict() for name, layout in layouts.items()}
-    return {SECTION: {"routes": routes, "components": written, "colocated": colocated}}
+    section = {"routes": routes, "components": written, "colocated": colocated}
+    return {SECTION: section | {"hf_towers": list(components.hf_towers)}}
 
 
 def stored_components(folder: Path) -> Stored | None:
@@ -56,6 +59,7 @@ def stored_components(folder: Path) -> Stored | None:
             tuple(MIMOComponent(*(str(part) for part in route)) for route in section["routes"]),
             {name: ComponentLayout(**options) for name, options in section["components"].items()},
             bool(section["colocated"]),
+            tuple(str(name) for name in section.get("hf_towers", ())),
         )
     except (TypeError, KeyError, AttributeError, BridgeError) as error:
         raise CheckpointError(
@@ -67,20 +71,20 @@ def stored_components(folder: Path) -> Stored | None:
         ) from error
 
 
-def mimo_variant(layouts: Layouts | None = None, *, colocated: bool = False) -> Variant:
+def mimo_variant(layouts: Layouts | None = None, *, colocated: bool = False, hf_towers: Sequence[str] = ()) -> Variant:
     """How core's conversions are told of components.
 
     Args:
         layouts: filled in, to be recorded by an import.
         colocated: whether all components are on the same ranks.
+        hf_towers: components whose towers are HF's own; a checkpoint that is read says so itself.
     """
 
     def components(family: Family, fields: Fields, folder: Path | None) -> Components:
         stored = stored_components(folder) if folder else None
         if stored is None:
-            return Components.of(family, fields)
-        validate_routes(family, fields, stored.routes)
-        return Components(family, fields, stored.routes)
+            return Components.of(family, fields, hf_towers=hf_towers)
+        return Components.of(family, fields, stored.routes, hf_towers=stored.hf_towers)
 
     def sections(family: Family, fields: Fields) -> Mapping[str, Any]:
         found = components(family, fields, None)

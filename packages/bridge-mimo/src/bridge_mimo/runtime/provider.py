@@ -12,6 +12,7 @@ from bridge_core.runtime.layer_specs import Spec
 from bridge_core.runtime.provider import Provider
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE, ComponentLayout
+from bridge_mimo.plan import MimoPlan
 from bridge_mimo.runtime.groups import MimoGroups, check_live, make_groups, takes_grids
 from bridge_mimo.runtime.live import LANGUAGE_MODULE, groups_of
 
@@ -99,6 +100,7 @@ class MimoProvider:
         """
         groups = groups or self.make_groups()
         check_live(groups)
+        MimoPlan(self.components, groups.layouts, colocated=groups.colocated)  # refuses what does not divide
         from bridge_mimo.runtime.model import BridgedMimoModel
 
         language = groups.collections[LANGUAGE]
@@ -159,9 +161,21 @@ class MimoProvider:
         Raises:
             ConfigError: nothing says how to build it.
         """
-        make = self.modality_specs.get(name) or partial(_qwen_tower, self.components, name)
+        usual = _hf_tower if name in self.components.hf_towers else _qwen_tower
+        make = self.modality_specs.get(name) or partial(usual, self.components, name)
         settings = _sizes(self.layouts[name], dense=True) | self.towers[name]
         return make(self.components.fields, settings, groups, self.language.spec)
+
+
+def _hf_tower(
+    components: Components, name: str, fields: Fields, settings: dict[str, Any], groups: Any, spec: Spec
+) -> ModuleSpec:
+    """The modality of a tower that is HF's own module."""
+    from bridge_mimo.towers import replicated_tower_spec, vision_modality_spec
+
+    (route,) = components.parts[name].routes
+    tower = replicated_tower_spec(components.family.to_hf(fields), settings, groups=groups)
+    return vision_modality_spec({route.target_module_path.rpartition(".")[2]: tower}, groups=groups)
 
 
 def _qwen_tower(
