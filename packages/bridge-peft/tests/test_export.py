@@ -11,7 +11,11 @@ pytest.importorskip("peft")
 from convert_jobs import base_round_trip, export, merged  # noqa: E402 - after the skips
 from hf_cases import LORA, base, peft_logits, tensors, tokens, whole  # noqa: E402
 
+from bridge_core import AutoBridge  # noqa: E402
+from bridge_core.errors import CoverageError  # noqa: E402
 from bridge_core.testing.hf_models import make_model, save_model  # noqa: E402
+from bridge_peft import export_adapter_ckpt  # noqa: E402
+from bridge_peft.converting.run_config import ByHand  # noqa: E402
 
 LAYOUTS = {
     "1": ({}, 1),
@@ -178,11 +182,38 @@ def test_merged_weights_are_those_of_merge_and_unload(rank_pool, exports, models
 
 
 def test_the_base_of_an_adapted_model_loads_and_saves(rank_pool, models, tmp_path):
+    """bridge-core sees the base alone; a checkpoint with both is exported when told what to leave out."""
     path = models("qwen3_moe")
     sizes, ranks = LAYOUTS["tp2-ep2"]
-    stayed = rank_pool.run(base_round_trip, str(path), sizes, LORA, str(tmp_path / "base"), ranks=range(ranks))
-    assert all(stayed)
-    assert (tmp_path / "base" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    outs = {kind: str(tmp_path / kind) for kind in ("hf", "megatron", "everything")}
+    (tmp_path / "everything").mkdir()
+    for found in rank_pool.run(base_round_trip, str(path), sizes, LORA, outs, ranks=range(ranks)):
+        assert found["reported"] == found["adapters"] > 0
+        assert found["kept_by_hf"]
+        assert found["kept_by_megatron"]
+        assert found["kept_beside_others"]
+        assert found["whole"]
+        assert "*.adapter.*" in found["refused"]
+    bridge = AutoBridge.from_hf_pretrained(path)
+    bridge.export_ckpt(outs["megatron"], tmp_path / "again")
+    with pytest.raises(CoverageError, match=r"(?s)holds adapters.*bridge-peft export"):
+        bridge.export_ckpt(outs["everything"], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    bridge.export_ckpt(outs["everything"], tmp_path / "told", ignore=["*.adapter.*"])
+    for folder in ("hf", "again", "told"):
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    export_adapter_ckpt(outs["everything"], tmp_path / "adapter", path, by_hand=ByHand(r=4, alpha=8))
+    live = tensors(exported(rank_pool, path, "1", tmp_path / "live"))
+    ours = tensors(tmp_path / "adapter")
+    assert ours.keys() == live.keys()
+    assert all(torch.equal(value, live[key]) for key, value in ours.items())
+
+
+def exported(rank_pool, path, layout, out):
+    """The adapter of a live model, written for PEFT."""
+    sizes, ranks = LAYOUTS[layout]
+    rank_pool.run(export, str(path), sizes, LORA, {"peft": str(out)}, tokens(), ranks=range(ranks))
+    return out
 
 
 def test_shapes_that_servers_expect(exports):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError, preview
 from bridge_core.extras import require
-from bridge_peft.config import LoraConfig
+from bridge_peft.config import CHANGES_BASE, LoraConfig
 from bridge_peft.dtypes import torch_dtype
 from bridge_peft.targets import check_used, match
 
@@ -145,7 +145,7 @@ def _settings(site: Site, config: LoraConfig, parts: tuple[str, ...]) -> Any:
         parts=parts,
         dora=config.use_dora,
         sharing=config.expert_adapters,
-        changes_base=config.lora_init_method in ("pissa", "olora"),
+        changes_base=config.lora_init_method in CHANGES_BASE,
     )
 
 

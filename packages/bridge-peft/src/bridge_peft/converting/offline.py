@@ -30,7 +30,7 @@ from bridge_peft.converting import peft_config
 from bridge_peft.converting.adapter_file import AdapterFile, Layer
 from bridge_peft.converting.bases import Bases, bases_for
 from bridge_peft.converting.checkpoint import AdapterCheckpoint, find_checkpoint
-from bridge_peft.converting.exclude import warn_unused
+from bridge_peft.converting.exclude import warn_changed_base, warn_unused
 from bridge_peft.converting.hf_adapter import HfAdapter, open_adapter
 from bridge_peft.converting.layouts import check_target
 from bridge_peft.converting.report import AdapterReport
@@ -99,6 +99,8 @@ def export_adapter_ckpt(
     output, checkpoint, file = jointly(workers, look)
     if workers.rank == 0:
         warn_unused(exclude_adapter_base_prefix, checkpoint.excluded)
+        if any(layer.settings.changes_base for layer in checkpoint.layers):
+            warn_changed_base()
     write_folder(
         output,
         file.laid.nbytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from bridge_peft.apply import LoraReport, apply_lora
 from bridge_peft.config import LoraConfig
 from bridge_peft.converting.adapter_file import AdapterFile
 from bridge_peft.converting.bases import Bases, bases_for
-from bridge_peft.converting.exclude import warn_unused
+from bridge_peft.converting.exclude import warn_changed_base, warn_unused
 from bridge_peft.converting.gather import Held, Share
 from bridge_peft.converting.hf_adapter import HfAdapter, open_adapter
 from bridge_peft.converting.layouts import Target, check_target
@@ -175,12 +174,8 @@ def _note(held: Held, exclude: Sequence[str], rank: int) -> None:
     if rank > 0:
         return
     warn_unused(exclude, held.excluded)
-    if held.changes_base:
-        warnings.warn(
-            "the adapter's first values were taken out of the base weights (pissa, olora): it belongs to the base "
-            "as it is now; save that too (AutoBridge.save_hf_pretrained)",
-            stacklevel=4,
-        )
+    if any(layer.settings.changes_base for layer in held.layers):
+        warn_changed_base()
 
 
 def load_hf_adapter(
