@@ -163,6 +163,40 @@ def base_round_trip(path: str, layout: dict[str, Any], lora: dict[str, Any], out
         return found
 
 
+def refusals(path: str, other: str, layout: dict[str, Any], out: str) -> list[tuple[str, list[str]]]:
+    """Bad input to the export of a live model, and to a load: each error's text, and the warnings before it."""
+    import warnings
+
+    from bridge_core import AutoBridge
+    from bridge_core.errors import BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_peft import load_hf_adapter, save_hf_adapter
+
+    found = []
+    with host_backend():
+        bridge, _, chunks = adapted(path, layout, {"r": 4})
+        calls = (
+            lambda: save_hf_adapter(chunks, out, bridge, target="tgi"),
+            lambda: save_hf_adapter(chunks, out, bridge, dtype="int8"),
+            lambda: save_hf_adapter(chunks, out, bridge, adapter_name="other"),
+            lambda: save_hf_adapter(chunks, out, AutoBridge.from_hf_pretrained(other)),
+            lambda: save_hf_adapter(
+                chunks, out, bridge, exclude_adapter_base_prefix=["mpt.", "decoder."], bucket_bytes=1
+            ),
+            lambda: load_hf_adapter(chunks, f"{out}/nowhere", bridge, adapter_name="second"),
+        )
+        for call in calls:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    call()
+                    text = ""
+                except BridgeError as error:
+                    text = str(error)
+            found.append((text, [str(entry.message) for entry in caught if "adapted layer" in str(entry.message)]))
+    return found
+
+
 def merged(path: str, layout: dict[str, Any], lora: dict[str, Any], out: str):
     """The model with adapters folded in, saved as an HF folder."""
     from bridge_core.runtime.host import host_backend

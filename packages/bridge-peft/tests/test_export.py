@@ -8,7 +8,7 @@ pytest.importorskip("megatron.core")
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from convert_jobs import base_round_trip, export, merged  # noqa: E402 - after the skips
+from convert_jobs import base_round_trip, export, merged, refusals  # noqa: E402 - after the skips
 from hf_cases import LORA, base, peft_logits, tensors, tokens, whole  # noqa: E402
 
 from bridge_core import AutoBridge  # noqa: E402
@@ -123,7 +123,7 @@ def test_variants_of_a_dense_model(exports, models, variant):
 
 
 EXPERT_VARIANTS = {
-    "canonical": {"variant": "canonical"},
+    "canonical": {"variant": "canonical", "use_rslora": True},
     "shared": {"expert_adapters": "shared"},
     "shared outer": {"expert_adapters": "shared_outer"},
     "rslora": {"use_rslora": True},
@@ -214,6 +214,17 @@ def exported(rank_pool, path, layout, out):
     sizes, ranks = LAYOUTS[layout]
     rank_pool.run(export, str(path), sizes, LORA, {"peft": str(out)}, tokens(), ranks=range(ranks))
     return out
+
+
+def test_bad_input_is_told_on_every_rank(rank_pool, models, tmp_path):
+    other = save_model(make_model("qwen3", hidden_size=32), tmp_path / "other")
+    out = tmp_path / "out"
+    both = rank_pool.run(refusals, str(models("qwen3")), str(other), {"tp": 2}, str(out), ranks=[0, 1])
+    words = ["peft-target-parameters", "bf16", "adapter 'other'", "another shape", "beside those", "nowhere"]
+    for found in both:
+        for (text, _), word in zip(found, words, strict=True):
+            assert word in text
+    assert not out.exists()
 
 
 def test_shapes_that_servers_expect(exports):

@@ -102,11 +102,12 @@ def test_checkpoints_of_megatron_bridge(dense, tmp_path, kind):
     assert report.read == sum(value.nbytes for key, value in values.items() if not key.startswith("optimizer"))
 
 
-@pytest.mark.parametrize("lead", [(LAYERS, 8), (LAYERS,)])
-def test_experts_of_megatron_bridge(moe, tmp_path, lead):
-    """With an expert dim, or one adapter for all experts; with r divided by how many experts a token is sent to."""
-    values = lora("mlp.experts.experts.linear_fc1", 64, HIDDEN, lead, 2) | lora()
-    section = {"dim": R, "alpha": 8, "normalize_moe_lora": "true"}
+@pytest.mark.parametrize(("lead", "dim", "r"), [((LAYERS, 8), 4, 2), ((LAYERS,), 4, 2), ((LAYERS, 8), 6, 4)])
+def test_experts_of_megatron_bridge(moe, tmp_path, lead, dim, r):
+    """With an expert dim, or one adapter for all experts; with r divided by how many experts a token is sent to,
+    perhaps filled up to a multiple of the ranks that cut it."""
+    values = lora("mlp.experts.experts.linear_fc1", 64, HIDDEN, lead, r) | lora(r=dim)
+    section = {"dim": dim, "alpha": 8, "normalize_moe_lora": "true"}
     run = theirs(tmp_path / "run", "lora.LoRA", values, section=section)
     export_adapter_ckpt(run / "iter_0000012", tmp_path / "hf", moe, target="vllm")
     found = tensors(tmp_path / "hf")
@@ -117,7 +118,7 @@ def test_experts_of_megatron_bridge(moe, tmp_path, lead):
     assert torch.equal(found[f"{name}.up_proj.lora_B.weight"], b[32:])
     config = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
     ranks = {config["r"], *config["rank_pattern"].values()}
-    assert ranks == {R, 2}
+    assert ranks == {dim, r}
 
 
 def test_excluded_layers_are_not_looked_up(dense, tmp_path):
