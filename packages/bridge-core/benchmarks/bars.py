@@ -15,6 +15,8 @@ MEMORY = 256 * MIB
 # Where tensors are many and small, `cp` is no measure: cost per tensor decides.
 MANY_SMALL_SECONDS = 5.0
 PLAN_SECONDS = 1.0
+# For the shards of all ranks of the widest layout.
+WIDE_SECONDS = 30.0
 IMPORT_SECONDS = 0.2
 COMMAND_SECONDS = 2.0
 
@@ -92,23 +94,14 @@ def _direction(what: str, shape: str, found: dict[str, Any]) -> Iterator[Figure]
 
 
 def _planning(found: dict[str, Any]) -> Iterator[Figure]:
-    plan, layout = found["plan"], found["layout"]
     seconds = found["import"]["seconds"]["median"]
     torch = found["import"]["torch"]
     note = "torch is imported" if torch else "no torch"
     yield Figure(
         "import bridge_core", f"{seconds:.3f} s", f"< {IMPORT_SECONDS} s", seconds < IMPORT_SECONDS and not torch, note
     )
-    yield Figure(
-        f"planning {found['config']}",
-        f"{plan['seconds']:.2f} s",
-        f"< {PLAN_SECONDS:.0f} s",
-        plan["seconds"] < PLAN_SECONDS,
-        f"TP{layout['tp']} x PP{layout['pp']} x EP{layout['ep']}: {plan['ranks']:.0f} ranks, "
-        f"{plan['shards']:,.0f} shards",
-    )
-    yield Figure("  plan, audit", f"{plan['plan']:.3f} s, {plan['audit']:.3f} s")
-    yield Figure("  local_shards of every rank", f"{plan['local_shards']:.2f} s", note=f"{plan['pieces']:,.0f} pieces")
+    yield from _planned(found, "seconds")
+    yield from _planned(found["wide"], "one_rank")
     command = found["command"]["seconds"]
     yield Figure(
         "bridge-core plan, whole command",
@@ -116,6 +109,28 @@ def _planning(found: dict[str, Any]) -> Iterator[Figure]:
         f"< {COMMAND_SECONDS:.0f} s",
         command["median"] < COMMAND_SECONDS,
         f"resident set {found['command']['resident'] / MIB:.0f} MiB",
+    )
+
+
+def _planned(found: dict[str, Any], what: str) -> Iterator[Figure]:
+    """The figures of one model; the first bar is for every rank (`seconds`) or for a single one (`one_rank`)."""
+    plan, layout = found["plan"], found["layout"]
+    sizes = " x ".join(f"{name.upper()}{layout[name]}" for name in ("tp", "pp", "ep"))
+    ranks = "every rank" if what == "seconds" else "one rank"
+    yield Figure(
+        f"planning {found['config']}, {ranks}",
+        f"{plan[what]:.2f} s",
+        f"< {PLAN_SECONDS:.0f} s",
+        plan[what] < PLAN_SECONDS,
+        f"{sizes}: {plan['ranks']:,.0f} ranks, {plan['hf_tensors']:,.0f} tensors, {plan['shards']:,.0f} shards",
+    )
+    yield Figure("  plan, audit", f"{plan['plan']:.3f} s, {plan['audit']:.3f} s")
+    yield Figure(
+        "  local_shards of every rank",
+        f"{plan['local_shards']:.2f} s",
+        f"< {WIDE_SECONDS:.0f} s",
+        plan["local_shards"] < WIDE_SECONDS,
+        f"{plan['pieces']:,.0f} pieces",
     )
 
 

@@ -50,7 +50,11 @@ def make_source(shape: str, folder: Path) -> Path:
         # Small tensors take more room in a Megatron folder, with a header for each.
         check_space(source, 4 * sum(tensor.nbytes for tensor in plan.metadata()) + 200_000_000)
         # Not here: this process stays small, because a child's peak memory begins with that of its parent.
-        subprocess.run([sys.executable, str(Path(__file__).with_name("synthetic.py")), shape, source], check=True)
+        subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("synthetic.py")), shape, source],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     return source
 
 

@@ -43,6 +43,17 @@ LAYOUT = {
     "num_layers_in_first_pipeline_stage": 23,
     "num_layers_in_last_pipeline_stage": 23,
 }
+# The most tensors that anybody publishes: fp8 weights with their scales.
+WIDE = "deepseek-v3"
+WIDE_CONFIG = Path(__file__).parents[1] / "tests/published/deepseek-v3.json"
+WIDE_LAYOUT = {
+    "tp": 8,
+    "pp": 16,
+    "ep": 64,
+    "etp": 1,
+    "dp": 8,
+    "pipeline_model_parallel_layout": "|".join(["Et*3", *["t*4"] * 14, "t*2mL"]),
+}
 
 _IMPORT = """
 import time
@@ -59,14 +70,17 @@ def measure_planning(folder: Path, *, rounds: int) -> dict[str, Any]:
     config = folder / "config.json"
     config.write_text(json.dumps(SHAPES[PLANNED]), encoding="utf-8")
     options = [part for name, value in LAYOUT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    planning = [sys.executable, str(Path(__file__).with_name("planning.py")), str(config), json.dumps(LAYOUT)]
+    planner = [sys.executable, str(Path(__file__).with_name("planning.py"))]
+    planning = [*planner, str(config), json.dumps(LAYOUT)]
+    wide = [*planner, str(WIDE_CONFIG), json.dumps(WIDE_LAYOUT)]
     command = [program(), "plan", str(config), *options]
-    imports, plans, commands, bare = [], [], [], []
+    imports, plans, wides, commands, bare = [], [], [], [], []
     for warm in ([sys.executable, "-c", _IMPORT], planning, command):
         timed(warm)
     for _ in range(rounds):
         imports.append(json.loads(timed([sys.executable, "-c", _IMPORT]).output))
         plans.append(json.loads(timed(planning).output))
+        wides.append(json.loads(timed(wide).output))
         commands.append(timed(command))
         bare.append(timed([sys.executable, "-c", ""]))
     return {
@@ -77,13 +91,18 @@ def measure_planning(folder: Path, *, rounds: int) -> dict[str, Any]:
             "seconds": spread([found["seconds"] for found in imports]),
             "torch": any(found["torch"] for found in imports),
         },
-        "plan": {name: spread([found[name] for found in plans])["median"] for name in plans[0]},
+        "plan": _medians(plans),
+        "wide": {"config": WIDE, "layout": WIDE_LAYOUT, "plan": _medians(wides)},
         "command": {
             "seconds": spread([run.seconds for run in commands]),
             "cpu": spread([run.cpu for run in commands]),
             "resident": peak_memory(command).resident,
         },
     }
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: spread([found[name] for found in runs])["median"] for name in runs[0]}
 
 
 def measure_live(folder: Path, ranks: list[int], *, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:

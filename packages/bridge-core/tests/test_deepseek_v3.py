@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import pytest
@@ -127,14 +126,10 @@ def test_the_prediction_layer_is_on_the_last_stage_with_an_embedding():
 # --- The published model ----------------------------------------------------------------------------
 
 
-def test_the_published_model_is_planned_with_its_scales_in_a_second():
-    started = time.process_time()
+def test_the_published_model_is_planned_with_its_scales():
+    """How long it takes is measured by the benchmark of planning."""
     plan = AutoBridge.from_hf_config(V3).plan(LAYOUT)
     metadata = plan.metadata()
-    shards = plan.local_shards(517)
-    seconds = time.process_time() - started
-    print(f"{len(metadata)} tensors planned in {seconds:.2f} s, {len(shards)} of them on one rank")
-    assert seconds < 1
     assert len(metadata) == 91_991
     counts = Counter(meta.dtype for meta in metadata)
     assert counts["F8_E4M3"] == counts["F32"] - 59  # as many scales, and an expert bias in every layer with experts
@@ -142,18 +137,17 @@ def test_the_published_model_is_planned_with_its_scales_in_a_second():
     assert (found.hf_tensors, found.elements) == (91_991, 684_531_386_000)
 
 
-def test_all_1024_ranks_are_planned_in_half_a_minute():
+def test_the_experts_of_the_published_model_are_on_1024_ranks_once():
+    """TP8 x DP8 are 64 ranks of a stage, and 64 parts of its experts: none of them has a replica."""
     assert LAYOUT.world_size == 1024
     plan = AutoBridge.from_hf_config(V3).plan(LAYOUT)
-    started, slowest, shards = time.process_time(), 0.0, 0
+    holders = Counter()
     for rank in range(LAYOUT.world_size):
-        before = time.process_time()
-        shards += sum(1 for _ in plan.iter_local_shards(rank))
-        slowest = max(slowest, time.process_time() - before)
-    seconds = time.process_time() - started
-    print(f"{shards} shards of 1024 ranks in {seconds:.2f} s, the slowest rank in {slowest:.3f} s")
-    assert seconds < 30
-    assert slowest < 1
+        holders.update(shard.name for shard in plan.iter_local_shards(rank) if ".experts." in shard.name)
+    weights = [name for name in plan.hf_tensors if ".mlp.experts." in name]
+    assert len(weights) == 3 * 256 * 59
+    assert set(holders.values()) == {1}
+    assert len(holders) == 2 * 256 * 59
 
 
 def test_scales_that_are_missing_from_an_inventory_are_named():

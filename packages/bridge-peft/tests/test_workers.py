@@ -79,9 +79,14 @@ def test_one_failing_worker_fails_them_all(rank_pool, dense, adapter, run, tmp_p
     source = {"export": run, "import": adapter}[verb]
     job = (verb, fault, rank, str(source), str(tmp_path / "out"), str(dense))
     texts = rank_pool.run(fault_jobs.convert, *job, ranks=[0, 1])
-    for text in texts:
-        assert ("no such folder" if fault == "mount" else "No space left on device") in text
+    check_texts(texts, rank, fault)
     assert list(tmp_path.iterdir()) == []
+
+
+def check_texts(texts, rank, fault):
+    """The failing process raises its own error, all others say whose it is."""
+    assert ("no such folder" if fault == "mount" else "No space left on device") in texts[rank]
+    assert f"worker {rank} failed" in texts[1 - rank]
 
 
 @pytest.mark.parametrize(("verb", "rank"), [("save", 0), ("checkpoint", 0), ("checkpoint", 1)])
@@ -90,8 +95,7 @@ def test_one_failing_rank_of_a_model_fails_them_all(rank_pool, dense, tmp_path, 
     """An HF adapter is written by one rank, a checkpoint by all of them."""
     job = (verb, fault, rank, str(dense), str(tmp_path / "out"), {"tp": 2})
     texts = rank_pool.run(fault_jobs.save, *job, ranks=[0, 1])
-    for text in texts:
-        assert ("no such folder" if fault == "mount" else "No space left on device") in text
+    check_texts(texts, rank, fault)
     left = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert left == []
 

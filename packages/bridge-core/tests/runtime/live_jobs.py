@@ -30,6 +30,8 @@ def round_trip(
             tensors = {name: tensor.clone() for name, tensor in stream}
             collectives = stream.collectives
             again = [name for name, _ in stream]
+            parts = {shard.name for shard in bridge.iter_local_shards(chunks)}
+            assert parts >= {entry.key for entry in bridge.m2n_entries(chunks)}
         assert not reads, reads
         with torch.no_grad():
             logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
@@ -45,6 +47,7 @@ def round_trip(
         "buckets": len(stream._buckets),
         "logits": logits,
         "tp": pg.tp.rank(),
+        "parts": parts,
         "held": sum(tensor.numel() * tensor.element_size() for tensor in live.tensors.values()),
         "padding": sum(box.numel * 4 for shard in live.shards for box in shard.pad),
     }

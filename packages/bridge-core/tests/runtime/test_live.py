@@ -91,6 +91,7 @@ def check_steps(results, folder, logits, layout, *, ignore=()):
         # Streamed: one order, twice, in as many collectives as there are buckets.
         assert result["order"] == result["again"] == [meta.name for meta in results[0]["metadata"]]
         assert result["collectives"] == 2 * result["buckets"] + 1
+        assert result["parts"] <= set(result["order"])
         assert result["buckets"] <= total // 30_000 + 2
     compare_stream(results, folder, ignore)
     if layout not in NO_FORWARD:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime.megatron_jobs import fail, save
+from runtime.megatron_jobs import fail, load, save
 
 from bridge_core.testing.hf_models import make_model, save_model
 from bridge_core.testing.ranks import RankError, RankPool
@@ -48,6 +48,14 @@ def test_an_error_on_one_rank_is_raised_on_all(rank_pool, folder, notes, tmp_pat
     if verb == "save":
         assert not list(run.glob("*"))
         assert not list(run.glob(".*"))
+
+
+def test_a_save_after_a_failed_one_reports_its_own_bytes(rank_pool, folder, notes, tmp_path):
+    """What ranks wrote before another one failed is forgotten: megatron-core would take it for the next save's."""
+    rank_pool.run(fail, str(folder), LAYOUT, "save", "moving", 2, str(tmp_path / "failed"), str(notes), timeout_s=90)
+    other = {"tp": 2, "dp": 2}
+    rank_pool.run(save, str(folder), other, str(tmp_path / "run"))
+    rank_pool.run(load, str(folder), other, str(tmp_path / "run"))
 
 
 @pytest.mark.slow

@@ -38,13 +38,14 @@ from bridge_core.checkpoint.wiring import (
     import_jobs,
     lay_out_megatron,
     megatron_entries,
+    shifted_dtypes,
 )
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError
 from bridge_core.families import family_for
 from bridge_core.patterns import match
-from bridge_core.plan import Plan
+from bridge_core.plan import Plan, check_ignored
 from bridge_core.topology import ParallelLayout
 
 ITERATION = "iter_0000000"
@@ -170,6 +171,8 @@ def export_ckpt(
         like = open_hf(source) if source is not None else None
         given = like.config if like else _as_config(hf_config)
         checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
+        asked = [pattern for pattern in ignore if pattern not in checkpoint.ignore]
+        check_ignored(checkpoint.family, checkpoint.fields, asked, like.tensors if like else ())
         ready = export_plan(
             checkpoint, inventory=like.shapes if like else None, ignore=ignore, **codec_options(fp8, like)
         )
@@ -243,7 +246,9 @@ def _plan_import(
     source = open_hf(hf_path)
     output = _free_place(megatron_path, [source.path], options)
     family = family_for(source.config)
-    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
+    whole = family.to_megatron(source.config, ignore=ignore_options)
+    check_ignored(family, whole, ignore, source.tensors)
+    fields = family.without(whole, ignore, source.tensors)
     stored = {name: tensor.dtype for name, tensor in source.tensors.items()}
     plan = Plan(
         family,
@@ -259,7 +264,8 @@ def _plan_import(
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     main = _main_dtype(layout, dtypes)
-    run_config = write_run_config(fields, family, source.config, main, ignore=ignore, forms=plan.forms)
+    shifted = shifted_dtypes(plan, source, options.dtype)
+    run_config = write_run_config(fields, family, source.config, main, ignore=ignore, forms=plan.forms, shifted=shifted)
     carried = carried_files(source)
     return _Conversion(
         output=output,

@@ -97,8 +97,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     """config.json of an HF folder, or the file itself.
+
+    `quantized` takes that of any quantised checkpoint; else only those whose weights can be read are taken.
 
     Raises:
         CheckpointError: there is no such folder, or it has no readable config.json.
@@ -113,19 +115,22 @@ def read_config(path: Path) -> dict[str, Any]:
             fix="check the path; models are not downloaded",
         )
     config = read_json(path / CONFIG if path.is_dir() else path)
-    codec_of(config, where=path)
+    if not quantized:
+        codec_of(config, where=path)
     return config
 
 
-def open_hf(path: str | Path) -> HfFolder:
+def open_hf(path: str | Path, *, quantized: bool = False) -> HfFolder:
     """Read the configuration and all headers of an HF checkpoint folder.
+
+    `quantized` takes any quantised checkpoint, with its tensors as they lie in the files.
 
     Raises:
         CheckpointError: something is missing, truncated, corrupt or contradictory; names the file.
         UnsafeCheckpointError: the index names a file outside of the folder.
     """
     folder = Path(path)
-    config = read_config(folder)
+    config = read_config(folder, quantized=quantized)
     if not folder.is_dir():
         raise CheckpointError(
             "a file was given in place of a folder",
@@ -154,7 +159,7 @@ def open_hf(path: str | Path) -> HfFolder:
         files[name] = list(found)
     if weight_map is not None:
         _check_index(folder, weight_map, files)
-    codec = codec_of(config, where=folder)
+    codec = None if quantized else codec_of(config, where=folder)
     presented = tensors if codec is None else present(tensors, codec, where=folder)
     return HfFolder(folder, config, presented, tensors, codec, files, metadata, headers)
 

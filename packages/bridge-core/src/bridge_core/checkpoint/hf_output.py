@@ -36,19 +36,27 @@ def finish_hf_folder(
     *,
     codec: Fp8Blocks | None = None,
     like: HfFolder | None = None,
+    dtype: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what makes weight files a checkpoint: the index, if there is more than one, and config.json.
 
-    The last two are as for `written_config`.
+    The last four are as for `written_config`.
     """
     if [file.name for file in layout.files] != [SINGLE]:
         (folder / INDEX).write_text(layout.index(), encoding="utf-8")
-    text = json.dumps(written_config(config, layout, codec, like), indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    written = written_config(config, layout, codec, like, dtype=dtype, quantization=quantization)
+    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def written_config(
-    config: Mapping[str, Any], layout: HfLayout, codec: Fp8Blocks | None = None, like: HfFolder | None = None
+    config: Mapping[str, Any],
+    layout: HfLayout,
+    codec: Fp8Blocks | None = None,
+    like: HfFolder | None = None,
+    *,
+    dtype: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """config.json as it goes with the files written: the same, but for the dtype and the quantisation.
 
@@ -57,12 +65,16 @@ def written_config(
         layout: the files.
         codec: how they store quantised weights; None for plain weights.
         like: the folder whose choice of quantised weights they follow, if it is quantised.
+        dtype: of the model, where most elements of the files are packed and have another.
+        quantization: `quantization_config` of files that hold what no codec describes.
     """
     config = {name: value for name, value in config.items() if name != OPTION}
     if codec is not None:
         said = like.config[OPTION] if like is not None and like.codec else codec.to_hf()
         config[OPTION] = {name: value for name, value in said.items() if name != "scale_fmt"}  # ours are plain float32
-    written = dtype_of(layout.main_dtype()).torch
+    if quantization is not None:
+        config[OPTION] = dict(quantization)
+    written = dtype_of(dtype or layout.main_dtype()).torch
     if "torch_dtype" in config:
         config["torch_dtype"] = written
     if "dtype" in config or "torch_dtype" not in config:

@@ -39,6 +39,7 @@ class MegatronFolder:
         hf_config: the config.json that the checkpoint was imported from, if it says so.
         ignore: patterns of HF names that its import left out.
         forms: which HF forms its rows had (`Plan.forms`).
+        shifted: HF dtypes of the rows that it holds wider, by Megatron name pattern.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class MegatronFolder:
     hf_config: dict[str, Any] | None = field(repr=False)
     ignore: tuple[str, ...] = ()
     forms: Mapping[str, int] | None = field(default=None, repr=False)
+    shifted: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def weights(self) -> dict[str, DcpTensor]:
         """The tensors that are weights."""
@@ -116,7 +118,7 @@ def open_megatron(
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
     model = model_of(dcp, hf_config, ignore_options=ignore_options)
-    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config, model.ignore, model.forms)
+    return MegatronFolder(folder, dcp, **model._asdict())
 
 
 def export_plan(

@@ -119,6 +119,7 @@ def write_folder(
     *,
     overwrite: bool,
     durable: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> T:
     """Prepare, fill and finish an output folder: the first and last by worker 0, the filling by all. Collective.
 
@@ -131,6 +132,7 @@ def write_folder(
         finish: writes what makes the folder complete.
         overwrite: replace a folder that holds something.
         durable: every worker waits until what it wrote is on the disk.
+        check: runs on all workers once all have filled, before the finish; may be collective.
 
     Returns:
         What `fill` returned here.
@@ -152,6 +154,8 @@ def write_folder(
 
         workers.together(open_and_prepare)
         filled = jointly(workers, fill_and_sync)
+        if check is not None:
+            workers.together(check)
         workers.together(lambda: finish(partial) if workers.rank == 0 else None)
         workers.together(stack.close)  # gives the folder its name, on worker 0
         return filled

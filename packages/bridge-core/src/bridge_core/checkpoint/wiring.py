@@ -115,6 +115,20 @@ def _one_dtype(entry: Entry, layer: int, expert: int, source: HfFolder, wanted: 
     return "F32" if entry.shift and found in NARROW else found
 
 
+def shifted_dtypes(plan: Plan, source: HfFolder, wanted: str | None) -> dict[str, str]:
+    """The dtype in HF of every row whose values are shifted, where it is the same on all layers; by Megatron name."""
+    found = {
+        entry.name: {
+            cast_to(source.tensors[fill(tensor.name, layer, expert)].dtype, wanted)
+            for tensor in entry.hf
+            for layer, expert in entry.instances()
+        }
+        for entry in plan.entries
+        if entry.shift and entry.dtype is None
+    }
+    return {name: dtypes.pop() for name, dtypes in found.items() if len(dtypes) == 1}
+
+
 def _mixed(where: str, expected: object, got: object) -> CheckpointError:
     return CheckpointError(
         "HF tensors that become one Megatron tensor differ in dtype",
@@ -178,12 +192,14 @@ class Wired:
     forms: Forms
     tensors: Mapping[str, DcpTensor]
     folder: Path
+    shifted: Mapping[str, str] = field(default_factory=dict)
     _by_index: dict[str, dict[Shape, list[DcpChunk]]] = field(default_factory=dict, repr=False)
 
     def hf_dtypes(self, wanted: str | None) -> dict[str, str]:
         """Dtype of every HF tensor, from the Megatron tensor it comes from or as asked for.
 
-        A shifted one is wider here than in HF (`lay_out_megatron`), where it has the dtype of all others.
+        A shifted one is wider here than in HF (`lay_out_megatron`): its import recorded what it had there. Without
+        a record it gets the dtype that all others have, or stays as wide as it is.
         """
         found: dict[str, str] = {}
         shifted: list[str] = []
@@ -202,7 +218,10 @@ class Wired:
                 (dtype,) = dtypes
                 names = [fill(tensor.name, layer, expert) for tensor in entry.hf]
                 found |= dict.fromkeys(names, dtype)
-                shifted += names if entry.shift and entry.dtype is None else ()
+                if entry.shift and entry.dtype is None and wanted is None:
+                    recorded = self.shifted.get(entry.name)
+                    found |= dict.fromkeys(names, recorded or dtype)
+                    shifted += () if recorded else names
         others = {found[name] for name in found.keys() - set(shifted)}
         if len(others) == 1:
             found |= dict.fromkeys(shifted, others.pop())
@@ -239,7 +258,7 @@ def megatron_entries(plan: Plan, checkpoint: MegatronFolder) -> Wired:
     _check_no_adapters(weights, checkpoint.path)
     forms = forms_of(plan.entries, weights, where=checkpoint.path)
     check_weights(plan.entries, forms, weights, where=checkpoint.path)
-    return Wired(plan, forms, weights, checkpoint.path)
+    return Wired(plan, forms, weights, checkpoint.path, checkpoint.shifted)
 
 
 def _check_no_adapters(keys: Collection[str], where: Path) -> None:

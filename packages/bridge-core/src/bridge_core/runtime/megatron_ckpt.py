@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.dcp import read_dcp
@@ -105,10 +106,13 @@ def save_megatron_model(
         text = write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
 
+    def state() -> dict[str, Any]:
+        return _base_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
+
     with OwnWorld() as world:
 
         def fill(folder: Path, rank: int, size: int) -> None:
-            world.step(lambda: _save(model, folder, iteration, groups, where=output))
+            world.step(lambda: save_state(state(), folder, where=output))
 
         write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
     workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
@@ -174,24 +178,34 @@ def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
     return found[0]
 
 
-def _save(model: Any, folder: Path, iteration: int, groups: ProcessGroupCollection | None, *, where: Path) -> None:
-    """megatron-core's own save. Collective over torch's default group."""
+def save_state(state: dict[str, Any], folder: Path, *, where: Path) -> None:
+    """megatron-core's own save of a sharded state. Collective over torch's default group; call it in an `OwnWorld`.
+
+    Args:
+        state: what mcore's `dist_checkpointing.save` takes.
+        folder: an empty one.
+        where: what to call it in errors.
+    """
     from megatron.core import dist_checkpointing
 
-    with _in_our_words(where):
-        state = _base_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
+    with _in_our_words(where), _own_results():
         dist_checkpointing.save(state, str(folder))
 
 
-def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
-    """megatron-core's own load, into the parameters; the iteration. Collective over torch's default group."""
+def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """megatron-core's own load of a sharded state, at its default strictness. Collective like `save_state`."""
     from megatron.core import dist_checkpointing
 
     with _in_our_words(folder):
-        loaded: Any = dist_checkpointing.load(_base_state(model, groups), str(folder))
-        for name, chunk in _named_chunks(model).items():
-            kept = {key: value for key, value in chunk.state_dict().items() if is_adapter(key)}
-            chunk.load_state_dict(kept | loaded[name], strict=True)
+        return dist_checkpointing.load(state, str(folder))  # type: ignore[return-value]
+
+
+def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
+    """A checkpoint into the parameters of the base; the iteration. Collective."""
+    loaded: Any = load_state(_base_state(model, groups), folder)
+    for name, chunk in _named_chunks(model).items():
+        kept = {key: value for key, value in chunk.state_dict().items() if is_adapter(key)}
+        chunk.load_state_dict(kept | loaded[name], strict=True)
     return int(loaded.get("iteration") or 0)
 
 
@@ -267,6 +281,25 @@ def _tied_by(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
         chunk.tie_embeddings_and_output_weights_state_dict = tie
         stack.callback(delattr, chunk, "tie_embeddings_and_output_weights_state_dict")
         yield
+
+
+@contextmanager
+def _own_results() -> Iterator[None]:
+    """Let megatron-core's writer report what it wrote into a queue of this save alone.
+
+    Its own queue belongs to the process: what a save that failed on another rank has left there would become the
+    table of contents of the next one, and that checkpoint would point at the wrong bytes (0.16.1 and 0.19.2,
+    strategies/filesystem_async.py, `_results_queue` and `retrieve_write_results`). A save that waits for its writer
+    needs no more than a queue between threads, and saves the time of starting the process that serves the other.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 @contextmanager

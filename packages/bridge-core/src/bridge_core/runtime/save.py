@@ -9,11 +9,12 @@ several nodes cannot write one file on get whole files from one rank each (`runt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.convert import codec_options
 from bridge_core.checkpoint.files import OpenFiles, write_all
@@ -25,17 +26,19 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.families import Family, Fields
-from bridge_core.geometry import Box, Piece, restrict, runs
+from bridge_core.geometry import Box, Piece, View, restrict, runs
 from bridge_core.plan import Shard
 from bridge_core.runtime.file_owners import Sent, WholeFiles, takes_turn
 from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import cast, flat, torch_dtype
+from bridge_core.runtime.tensors import cast, flat
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,121 +210,131 @@ def _write(
 class SharedFiles:
     """The weight files of a save, each written by all ranks that hold a part of it.
 
+    Who writes other bytes than the parameters' own (packed ones) overrides `save`, and calls `guarded` and `put`.
+
     Args:
         live: the model.
         layout: the files.
         groups: process groups of the model.
-        dtypes: dtype of every HF tensor before it is quantised.
+        dtypes: dtype of every HF tensor before it is quantised; needed where the plan has a codec, like `group`.
         group: all ranks of the model.
+
+    Attributes:
+        written: bytes of tensors that this rank wrote, by HF name.
+        sent: bytes of tensors that it sent to other ranks.
+        exchanges: exchanges between ranks that it took part in.
     """
 
-    def __init__(self, live: LiveModel, layout: HfLayout, groups: Any, dtypes: Mapping[str, str], group: Any) -> None:
-        self.live, self._layout, self._groups = live, layout, groups
-        self._dtypes, self._group = dtypes, group
+    def __init__(
+        self, live: LiveModel, layout: HfLayout, groups: Any, dtypes: Mapping[str, str] | None = None, group: Any = None
+    ) -> None:
+        self.live, self.layout, self.groups = live, layout, groups
+        self.written: Counter[str] = Counter()
+        self.sent = self.exchanges = 0
+        self._dtypes, self._group = dict(dtypes or {}), group
         self._scales: Mapping[str, Tensor] = {}
-        self._written = self._sent = self._exchanges = 0
         self._opened: set[str] = set()
         self._failure: Exception | None = None
 
     def create(self, folder: Path) -> None:
         """Make all files, at their full size. For one rank, before the others write."""
-        create_weight_files(folder, self._layout)
-        self._opened |= {file.name for file in self._layout.files}
+        create_weight_files(folder, self.layout)
+        self._opened |= {file.name for file in self.layout.files}
 
     def write(self, folder: Path) -> Sent:
         """Write what this rank owns, shard by shard. Collective over each tensor-parallel group.
 
         An error waits for the end: the others of the group still expect exchanges.
         """
-        places = {
+        self._places = {
             name: (folder / file.name, offset, dtype)
-            for file in self._layout.files
+            for file in self.layout.files
             for name, (offset, dtype, _) in file.tensors.items()
         }
-        self._places = {name: [place] for name, place in places.items()}
-        codec = self.live.plan.codec
-        for name, copy in self.live.plan.copies.items():
-            if name in places:
-                self._places[copy.of].append(places[name])
-            if codec is not None and codec.scale_name(name) in places:
-                self._places[codec.scale_name(copy.of)].append(places[codec.scale_name(name)])
         if self.live.plan.codec is not None:
-            self._scales = agreed_scales(self.live, dict(self._dtypes), self._group)
+            self._scales = agreed_scales(self.live, self._dtypes, self._group)
         with ExitStack() as stack:
             self._files = OpenFiles(stack)
             for number, shard in enumerate(self.live.shards):
                 if takes_turn(self.live.plan, self.live.rank, number, shard):
-                    self._save(shard)
+                    self.save(shard)
         if self._failure is not None:
             raise self._failure
-        return Sent(self._written, self._sent, self._exchanges, tuple(sorted(self._opened)))
+        return Sent(self.written.total(), self.sent, self.exchanges, tuple(sorted(self._opened)))
 
-    def _save(self, shard: Shard) -> None:
+    def save(self, shard: Shard) -> None:
+        """Write the HF elements of one shard. Collective over the group that splits it."""
         entry = self.live.plan.entry(shard.entry)
-        group = self._groups.expt_tp if entry.is_expert else self._groups.tp
+        group = self.groups.expt_tp if entry.is_expert else self.groups.tp
         tensor = flat(self.live.tensor(shard))
         if entry.split is None or entry.split.dim == 0 or group.size() == 1:
-            self._guarded(tensor, shard.pieces, entry.shift)
+            self.guarded(lambda: self._write(tensor, shard.pieces, entry.shift))
             return
         rows, box = exchange(tensor.view(shard.shape), entry.shape, group.rank(), group.size(), group)
-        self._exchanges += 1
-        self._sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
+        self.exchanges += 1
+        self.sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
         whole = entry.instance(entry.pieces, shard.layer, shard.expert)
         at = (0,) * len(box.shape)
         cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
-        self._guarded(flat(rows), cut, entry.shift)
+        self.guarded(lambda: self._write(flat(rows), cut, entry.shift))
 
-    def _guarded(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
-        """Write, unless a write failed before."""
-        if self._failure is not None:
-            return
-        try:
-            self._write(tensor.float() - shift if shift else tensor, pieces)
-        except Exception as error:
-            self._failure = error
+    def guarded(self, step: Callable[[], T]) -> T | None:
+        """What `step` returns; None if it fails, or if one failed before. The error waits for the end of `write`."""
+        if self._failure is None:
+            try:
+                return step()
+            except Exception as error:
+                self._failure = error
+        return None
 
-    def _write(self, tensor: Tensor, pieces: Sequence[Piece]) -> None:
-        encoded = [piece for piece in pieces if piece.source.tensor in self._scales]
-        for piece in encoded:
-            self._write_quantised(cast(tensor, self._dtypes[piece.source.tensor]), piece)
-        held: dict[str, memoryview] = {}
-        for piece in (piece for piece in pieces if piece not in encoded):
+    def _write(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
+        tensor = tensor.float() - shift if shift else tensor
+        held: dict[str, Tensor] = {}
+        for piece in pieces:
             back = piece.inverse()
-            for path, offset, dtype in self._places[back.target.tensor]:
-                data, itemsize = held.get(dtype), dtype_of(dtype).itemsize
-                if data is None:
-                    data = held[dtype] = _bytes(tensor, dtype)
-                self._opened.add(path.name)
-                descriptor = self._files.descriptor(str(path), write=True)
-                for at_source, at_target, length in runs(back):
-                    part = data[at_source * itemsize : (at_source + length) * itemsize]
-                    self._written += write_all(descriptor, part, offset + at_target * itemsize)
+            if back.target.tensor in self._scales:
+                self._write_quantised(cast(tensor, self._dtypes[back.target.tensor]), back)
+                continue
+            for name in self.names(back.target.tensor):
+                dtype = self._places[name][2]
+                if dtype not in held:
+                    held[dtype] = cast(tensor, dtype).cpu()
+                self.put(name, held[dtype], back)
 
     def _write_quantised(self, tensor: Tensor, piece: Piece) -> None:
         """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
-        codec, name = self.live.plan.codec, piece.source.tensor
+        codec, name = self.live.plan.codec, piece.target.tensor
         assert codec is not None
         shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
-        codes, back = quantised(tensor, piece.inverse(), shape, scales, codec)
-        data = codes.cpu().view(torch_dtype("U8")).numpy().data
-        for at_source, at_target, length in runs(back):
-            self._put(name, at_target, data[at_source : at_source + length])
-        if back.target.offset == 0:
-            flat_scales = scales.contiguous().cpu().view(-1).view(torch_dtype("U8")).numpy().data
-            self._put(codec.scale_name(name), 0, flat_scales)
+        codes, back = quantised(tensor, piece, shape, scales, codec)
+        codes, scales = codes.cpu(), scales.contiguous().cpu().view(-1)
+        row = Piece(tuple(scales.shape), View("", 0, (1,)), View("", 0, (1,)))
+        for found in self.names(name):
+            self.put(found, codes, back)
+            if back.target.offset == 0:
+                self.put(codec.scale_name(found), scales, row)
 
-    def _put(self, name: str, at: int, data: memoryview) -> None:
-        """Write bytes into a tensor, everywhere in the files that it lies."""
-        for path, offset, _ in self._places[name]:
-            self._opened.add(path.name)
-            self._written += write_all(self._files.descriptor(str(path), write=True), data, offset + at)
+    def names(self, name: str) -> list[str]:
+        """An HF tensor and those of its copies that are in the files."""
+        copies = [copy for copy, of in self.live.plan.copies.items() if of.of == name]
+        return [found for found in (name, *copies) if found in self._places]
+
+    def put(self, name: str, tensor: Tensor, piece: Piece) -> None:
+        """Write elements of a flat CPU tensor in the file's dtype (the piece's source) to an HF tensor (its target)."""
+        path, offset, dtype = self._places[name]
+        data, itemsize = _bytes(tensor), dtype_of(dtype).itemsize
+        self._opened.add(path.name)
+        descriptor = self._files.descriptor(str(path), write=True)
+        for at_source, at_target, length in runs(piece):
+            part = data[at_source * itemsize : (at_source + length) * itemsize]
+            self.written[name] += write_all(descriptor, part, offset + at_target * itemsize)
 
 
-def _bytes(tensor: Tensor, dtype: str) -> memoryview:
-    """The elements of a flat tensor as the bytes of a file."""
+def _bytes(tensor: Tensor) -> memoryview:
+    """The elements of a flat CPU tensor as the bytes of a file."""
     import torch
 
-    return cast(tensor, dtype).cpu().view(torch.uint8).numpy().data
+    return tensor.view(torch.uint8).numpy().data
 
 
 def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:

@@ -76,7 +76,7 @@ class TorchWorkers:
             step()
         except Exception as error:
             failure = error
-        said = self._exchange(None if failure is None else _facts_of(failure))
+        said: list[dict[str, str | None] | None] = self._exchange(None if failure is None else _facts_of(failure))
         failed = [rank for rank, facts in enumerate(said) if facts is not None]
         if not failed:
             return
@@ -86,6 +86,14 @@ class TorchWorkers:
             raise failure
         facts = dict(said[first] or {})
         raise WorkerError(f"worker {first} failed: {facts.pop('what')}", worker=first, **facts) from failure
+
+    def share(self, value: Any) -> list[Any]:
+        """What every worker has to say, by rank: JSON values. Collective.
+
+        Raises:
+            LostWorkerError: a worker is gone.
+        """
+        return self._exchange(value)
 
     def tell(self, error: Exception) -> Exception:
         """Let the others know of an error outside of any step, and return the one to raise. Collective.
@@ -114,10 +122,10 @@ class TorchWorkers:
         with suppress(WorkerError):
             self._exchange(None)
 
-    def _exchange(self, facts: dict[str, str | None] | None) -> list[dict[str, str | None] | None]:
-        """What every worker has to say: facts of its failure, or None."""
+    def _exchange(self, value: Any) -> list[Any]:
+        """What every worker has to say: a JSON value, or None, which costs next to nothing."""
         torch = require("torch", extra="torch")
-        data = b"" if facts is None else json.dumps(facts).encode()
+        data = b"" if value is None else json.dumps(value).encode()
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         try:
             sizes = self._to_all(torch.tensor([len(data)]), [1] * self.size).tolist()

@@ -19,7 +19,7 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 
 # TensorRT-LLM knows `fp8_pb_wo` in lower case only, vLLM in any; SGLang refuses it in lower case and would read it
 # as FP8 per tensor in upper case.
-_ALGORITHMS = {
+ALGORITHMS = {
     "fp8": "FP8",
     "fp8_channel": "FP8_PER_CHANNEL_PER_TOKEN",
     "fp8_block": "fp8_pb_wo",
@@ -60,9 +60,9 @@ def layer_entry(format: Format) -> dict[str, Any]:
     Raises:
         FormatError: ModelOpt's configuration has no word that a reader knows for the format.
     """
-    algorithm = _ALGORITHMS.get(format.name)
+    algorithm = ALGORITHMS.get(format.name)
     if algorithm is None:
-        raise FormatError(f"no reader of the modelopt format reads {format.title}", expected=", ".join(_ALGORITHMS))
+        raise FormatError(f"no reader of the modelopt format reads {format.title}", expected=", ".join(ALGORITHMS))
     entry: dict[str, Any] = {"quant_algo": algorithm}
     if format.name in _GROUPED:
         entry["group_size"] = format.group_size

@@ -268,7 +268,7 @@ class _HostGroupedLinear(_EmptyExtraState):
         first = get_pg_rank(self.groups.ep) * self.num_gemms
         for index in range(get_pg_size(self.groups.ep) * self.num_gemms):
             own = first <= index < first + self.num_gemms
-            weight = self.weight(index - first) if own else torch.empty_like(self.weight0)
+            weight = self.expert_weight(index - first) if own else torch.empty_like(self.weight0)
             _initialize_affine_weight_cpu(
                 weight,
                 *sizes,
@@ -296,7 +296,7 @@ class _HostGroupedLinear(_EmptyExtraState):
                 parameter.partition_dim = self.split_dim if name.startswith("weight") else 0  # type: ignore[attr-defined]
                 parameter.partition_stride = 1  # type: ignore[attr-defined]
 
-    def weight(self, index: int) -> torch.Tensor:
+    def expert_weight(self, index: int) -> torch.Tensor:
         """Weight [out, in] of the `index`-th local expert, as stored on this rank."""
         return self.get_parameter(f"weight{index}")
 
@@ -314,7 +314,7 @@ class _HostGroupedLinear(_EmptyExtraState):
         added = [None] * self.num_gemms if biases is None or self.skip_bias_add else biases
         # An expert without tokens takes part with an empty run, so that its weight gets a (zero) gradient.
         runs = zip(torch.split(x, list(m_splits)), range(self.num_gemms), added, strict=True)
-        output = torch.cat([F.linear(run, self.weight(index), bias) for run, index, bias in runs])
+        output = torch.cat([F.linear(run, self.expert_weight(index), bias) for run, index, bias in runs])
         return output, biases if self.skip_bias_add else None
 
     def sharded_state_dict(

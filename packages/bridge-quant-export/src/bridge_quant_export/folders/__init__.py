@@ -1,0 +1,1 @@
+"""Quantised checkpoint folders: described from their headers, verified, and written in the other format."""

@@ -1,0 +1,242 @@
+"""Export of a live quantised model: agree, plan, pack where the weights are, check, and only then give it its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge_core import AutoBridge
+from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
+from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files
+from bridge_core.checkpoint.hf_output import carried_files, copy_files, finish_hf_folder
+from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
+from bridge_core.checkpoint.safetensors import read_header
+from bridge_core.checkpoint.workers import jointly
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError, CoverageError, OutputError, preview
+from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
+from bridge_core.runtime.load import default_group
+from bridge_core.runtime.workers import TorchWorkers
+from bridge_quant_export.configs import compressed_tensors, modelopt
+from bridge_quant_export.formats.format import WRITERS, Writer
+from bridge_quant_export.live.agree import Ranges, agreed_formats, agreed_ranges, check_ranges
+from bridge_quant_export.live.files import PackedFiles
+from bridge_quant_export.live.held import Held, read_held
+from bridge_quant_export.live.policy import Uncalibrated, check_policy, check_settled, settle
+from bridge_quant_export.live.vectors import summed
+from bridge_quant_export.manifest import Manifest, make_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export did; the bytes are this rank's.
+
+    Attributes:
+        output: the folder.
+        tensors: tensors in it.
+        formats: how many layers of Hugging Face's are in which format, by name.
+        bytes_written: bytes of tensors that this rank wrote.
+        bytes_sent: bytes, packed or not, that it sent to other ranks.
+        files: weight files that it opened for writing.
+    """
+
+    output: Path
+    tensors: int
+    formats: Mapping[str, int]
+    bytes_written: int
+    bytes_sent: int
+    files: tuple[str, ...]
+
+
+def export_quantized(
+    model: Any,
+    path: str | Path,
+    *,
+    bridge: AutoBridge,
+    groups: Any = None,
+    group: Any = None,
+    format: Writer = "modelopt",
+    dtype: str | None = None,
+    uncalibrated: Uncalibrated = "error",
+    ranges: Ranges = "equal",
+    kv_at_least_one: bool = True,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    durable: bool = False,
+) -> ExportReport:
+    """Write a live ModelOpt-quantised model as a checkpoint that serving engines load. Collective over `group`.
+
+    All ranks call it with the same arguments and see `path`. Every weight is packed on the rank that holds it, in the
+    dtype that it has there; all of the folder is the same to the byte in every layout. The folder gets its name last.
+
+    Args:
+        model: chunks of this rank, wrapped or not, on CPU or GPU; real (compressed) quantisation is not read.
+        path: output folder.
+        bridge: of the HF model. If it has a folder, tokenizer and other files are carried along.
+        groups: process groups of the model; by default those it was built with.
+        group: all ranks of the model; by default torch's default group.
+        format: `modelopt`, for vLLM, SGLang and TensorRT-LLM; or `compressed-tensors`, for vLLM, SGLang and
+            transformers.
+        dtype: of what is not quantised; by default that of the parameters.
+        uncalibrated: what to do with layers whose inputs were never seen: `error`, `peers` or `weight_only`.
+        ranges: `equal`: refuse ranges that differ between ranks that share a tensor; `maximum`: take the largest.
+        kv_at_least_one: never scale keys and values up, as ModelOpt does by default.
+        max_shard_size: bytes per file.
+        overwrite: replace a folder that holds something.
+        durable: wait for the disk before the folder gets its name.
+
+    Raises:
+        FormatError: a layer is quantised in a way that no reader takes in this format.
+        CalibrationError: a range is missing, zero, not finite, or not the same on the ranks that share it.
+        CoverageError: the model does not match the bridge; or what was written is not what was planned.
+        BridgeError: on every rank, with the message of the first one that failed.
+    """
+    group = group or default_group()
+    workers = TorchWorkers(group)
+    output = real_path(Path(path))
+    chunks = unwrap(model)
+    groups = groups or chunks[0].pg_collection
+
+    def look() -> tuple[LiveModel, Held, HfFolder | None]:
+        if format not in WRITERS:
+            raise ConfigError("no such checkpoint format", where="format", expected=", ".join(WRITERS), got=format)
+        check_policy(uncalibrated)
+        check_ranges(ranges)
+        check_free(output, overwrite=overwrite)
+        like = open_hf(bridge.path) if bridge.path and any(bridge.path.glob("*.safetensors")) else None
+        if bridge.path is not None:
+            check_apart(output, bridge.path)
+        inventory = None if like is None else like.shapes
+        live = open_live(model, bridge.family, bridge.fields, groups=groups, inventory=inventory, ignore=bridge.ignore)
+        return live, read_held(live, chunks), like
+
+    live, held, like = jointly(workers, look)
+    held = _calibrated(live, held, groups, group, workers, uncalibrated, ranges)
+    formats, kv_layers = agreed_formats(held, workers)
+    dtypes = agreed_dtypes(live, dtype, group)
+
+    def plan() -> tuple[Manifest, HfLayout, PackedFiles]:
+        manifest = make_manifest(live.plan, formats, writer=format, dtypes=dtypes, kv_layers=kv_layers)
+        layout = lay_out_files(manifest.shapes, manifest.dtypes, max_shard_size)
+        files = PackedFiles(live, layout, groups, held, writer=format, kv_at_least_one=kv_at_least_one)
+        files.check_cuts()
+        return manifest, layout, files
+
+    manifest, layout, files = jointly(workers, plan)
+    quantization, beside = jointly(workers, lambda: configurations(manifest, format))
+    config = bridge.family.consistent(bridge.config, bridge.fields)
+
+    def prepare(folder: Path) -> None:
+        files.create(folder)
+        if like is not None:
+            carried = [file for file in carried_files(like) if file.name != modelopt.HF_QUANT_CONFIG]
+            copy_files(like.path, carried, folder)
+
+    def finish(folder: Path) -> None:
+        check_headers(folder, layout)
+        if beside is not None:
+            text = json.dumps(beside, indent=4) + "\n"
+            (folder / modelopt.HF_QUANT_CONFIG).write_text(text, encoding="utf-8")
+        finish_hf_folder(folder, layout, config, dtype=manifest.dtype, quantization=quantization)
+
+    sent = write_folder(
+        output,
+        layout.nbytes,
+        workers,
+        prepare,
+        lambda folder, rank, size: files.write(folder),
+        finish,
+        overwrite=overwrite,
+        durable=durable,
+        check=lambda: check_written(files, manifest, group),
+    )
+    return ExportReport(
+        output=output,
+        tensors=len(manifest.shapes),
+        formats={found.name: len(names) for found, names in manifest.layers.formats.items()},
+        bytes_written=sent.written,
+        bytes_sent=sent.sent,
+        files=sent.files,
+    )
+
+
+def _calibrated(
+    live: LiveModel,
+    held: Held,
+    groups: Any,
+    group: Any,
+    workers: TorchWorkers,
+    uncalibrated: Uncalibrated,
+    ranges: Ranges,
+) -> Held:
+    """The same, with ranges for everything, which all ranks agree on. Collective."""
+    agreed_formats(held, workers)  # ranks that disagree would not take part in the same reductions
+    places = [(entry.name, entry.layers) for entry in live.plan.entries]
+    settled = Held(tuple(jointly(workers, lambda: settle(held.weights, uncalibrated, places, group))), held.kv)
+    workers.together(lambda: check_settled(settled.weights, uncalibrated))
+    return agreed_ranges(live, settled, groups, workers, ranges)
+
+
+def configurations(manifest: Manifest, writer: Writer) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """`quantization_config`, and the content of `hf_quant_config.json` for the format that has one."""
+    if writer == "compressed-tensors":
+        return compressed_tensors.compose(manifest.layers), None
+    return modelopt.compose(manifest.layers, producer_version=modelopt_version())
+
+
+def modelopt_version() -> str:
+    """The version of the ModelOpt that is installed here, which quantised the model."""
+    try:
+        return version("nvidia-modelopt")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def check_written(files: PackedFiles, manifest: Manifest, group: Any) -> None:
+    """Raise unless every tensor of the manifest was written: as many bytes of each as it has, by all ranks together.
+
+    Collective; all ranks raise alike.
+
+    Raises:
+        OutputError: names the first tensors of which too little or too much was written.
+    """
+    mine = torch.tensor([files.written[name] for name in manifest.shapes], dtype=torch.int64)
+    wanted = torch.tensor(
+        [
+            prod(shape) * dtype_of(dtype).itemsize
+            for shape, dtype in zip(manifest.shapes.values(), manifest.dtypes.values(), strict=True)
+        ],
+        dtype=torch.int64,
+    )
+    found = summed(mine, group)
+    wrong = torch.nonzero(found != wanted).flatten().tolist()
+    if wrong:
+        names = list(manifest.shapes)
+        raise OutputError(
+            f"{len(wrong)} tensor(s) were not written as planned",
+            where=preview([names[at] for at in wrong]),
+            expected=f"{wanted[wrong[0]].item()} bytes of {names[wrong[0]]}",
+            got=f"{found[wrong[0]].item()} bytes",
+            fix="nothing was left behind; this is a fault of the library, please report it",
+        )
+
+
+def check_headers(folder: Path, layout: HfLayout) -> None:
+    """Raise unless the files in a folder say of their tensors what was planned.
+
+    Raises:
+        CoverageError: names the file.
+        CheckpointError: a file is no safetensors file of its size.
+    """
+    for file in layout.files:
+        found, _, _ = read_header(folder / file.name)
+        said = {name: (stored.offset, stored.dtype, stored.shape) for name, stored in found.items()}
+        if said != file.tensors:
+            raise CoverageError("a file holds other tensors than planned", where=file.name, got=preview(sorted(said)))

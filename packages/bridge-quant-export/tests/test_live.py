@@ -1,0 +1,195 @@
+"""Exports of live models: the same folder, to the byte, from every layout."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from live_jobs import CONFIGS, export
+from quant_models import make
+from safetensors import safe_open
+
+from bridge_core import ParallelLayout
+from bridge_core.testing.hf_models import make_model, save_model
+from bridge_quant_export.folders.verify import verify_quantized
+from bridge_quant_export.formats import FORMATS
+from bridge_quant_export.formats.format import WRITERS
+from bridge_quant_export.readers import readers_of
+
+pytest.importorskip("megatron.core", reason="live models need megatron-core")
+pytest.importorskip("modelopt.torch.quantization", reason="needs the extra bridge-quant-export[modelopt]")
+
+
+def pairs_of(kinds):
+    """Formats, each with every writer that has readers for it."""
+    return [(kind, writer) for kind in kinds for writer in WRITERS if readers_of(writer, FORMATS[kind])]
+
+
+WRITABLE = pairs_of(CONFIGS)
+# TensorRT-LLM takes scales of inputs in half precision only.
+OPTIONS = {"dtype": "bfloat16"}
+
+DENSE = [
+    *({"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}, {"cp": 2}),
+    *({"tp": 2, "pp": 2}, {"tp": 2, "dp": 2}, {"pp": 2, "num_layers_in_first_pipeline_stage": 3}),
+]
+EXPERTS = [
+    {"ep": 2, "dp": 2},
+    {"tp": 1, "ep": 1, "etp": 2, "dp": 2},
+    {"tp": 2, "ep": 2, "etp": 1},
+    {"tp": 2, "ep": 1, "etp": 2},
+    {"pp": 2, "ep": 2, "dp": 2},
+    {"ep": 4, "dp": 4},
+]
+CASES = [
+    *(("qwen3", layout, "host", True) for layout in DENSE),
+    ("qwen3", {"tp": 2, "pp": 2}, "local", True),
+    *(("qwen3_moe", layout, "host", True) for layout in EXPERTS),
+    ("qwen3_moe", {"ep": 2, "dp": 2}, "host", False),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, "host", False),
+    ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "local", True),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """HF folder of each model, made once."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp(name) / "hf")
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(rank_pool, models, tmp_path_factory):
+    """The exports of one rank: a folder for each format and writer."""
+    made = {}
+
+    def folder(name, kind, writer):
+        if (name, kind) not in made:
+            made[name, kind] = tmp_path_factory.mktemp(f"{name}-{kind}")
+            out = str(made[name, kind])
+            rank_pool.run(export, str(models(name)), {}, out, pairs_of([kind]), ranks=[0], options=OPTIONS)
+        return made[name, kind] / f"{kind}-{writer}"
+
+    return folder
+
+
+def check_same(one, other):
+    """Folders of the same files with the same bytes."""
+    names = sorted(file.name for file in one.iterdir())
+    assert sorted(file.name for file in other.iterdir()) == names
+    for name in names:
+        assert (other / name).read_bytes() == (one / name).read_bytes(), f"{other.name}: {name}"
+
+
+def check_layout(rank_pool, models, single, tmp_path, case, kinds):
+    name, layout, spec, grouped = case
+    ranks, pairs = range(ParallelLayout(**layout).world_size), pairs_of(kinds)
+    reports = rank_pool.run(
+        export,
+        *(str(models(name)), layout, str(tmp_path), pairs),
+        ranks=ranks,
+        spec=spec,
+        grouped=grouped,
+        options=OPTIONS,
+    )
+    for number, (kind, writer) in enumerate(pairs):
+        check_same(single(name, kind, writer), tmp_path / f"{kind}-{writer}")
+        # Every rank has written something, and together they wrote every byte once.
+        written = [report[number].bytes_written for report in reports]
+        assert min(written) > 0
+        with safe_open(tmp_path / f"{kind}-{writer}" / "model.safetensors", "pt") as file:
+            assert sum(written) == sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+
+
+def case_id(case):
+    name, layout, spec, grouped = case
+    sizes = ",".join(f"{axis}={size}" for axis, size in layout.items())
+    return f"{name}-{sizes}-{spec}-{'grouped' if grouped else 'sequential'}"
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(case_id, CASES))
+def test_layouts_give_the_same_bytes(rank_pool, models, single, tmp_path, number):
+    # Three formats to a layout, in turn: every format meets several layouts. The whole grid is below.
+    kinds = [list(CONFIGS)[(number + step) % len(CONFIGS)] for step in (0, 4, 8)]
+    check_layout(rank_pool, models, single, tmp_path, CASES[number], kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_layout_gives_the_same_bytes_in_every_format(rank_pool, models, single, tmp_path, case):
+    check_layout(rank_pool, models, single, tmp_path, case, CONFIGS)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_exports_are_sound_and_near_the_original(models, single, name):
+    for kind, writer in WRITABLE:
+        # Scales by chance, as here for AWQ, do a weight no good.
+        tolerance = 0.25 if "awq" in kind else 0.17
+        found = verify_quantized(single(name, kind, writer), models(name), tolerance=tolerance)
+        assert found.ok, (kind, writer, found.wrong[:3])
+        layers = 4 * (4 + 3) if name == "qwen3" else 4 * (4 + 4 * 3)
+        assert len(found.errors) == layers
+        assert {error.format for error in found.errors} == {kind}
+
+
+def test_configurations_name_every_expert_and_exclude_the_rest(single):
+    folder = single("qwen3_moe", "nvfp4", "modelopt")
+    quantization = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    assert quantization["quant_algo"] == "NVFP4"
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(4)]
+    assert quantization["exclude_modules"] == sorted(["lm_head", "model.embed_tokens", *routers])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == quantization["exclude_modules"]
+    assert config["dtype"] == "bfloat16"
+
+
+# Widths that do not divide into blocks on a rank: 96 columns on 2 or 4 ranks, 64 on 4.
+@pytest.mark.parametrize(("tp", "kind"), [(2, "mxfp8"), (2, "mxfp4"), (4, "nvfp4"), (4, "mxfp8")])
+def test_a_cut_inside_a_block_is_brought_together_first(rank_pool, tmp_path, tp, kind):
+    folder = save_model(make_model("qwen3"), tmp_path / "hf")
+    pairs = [(kind, "compressed-tensors")]
+    for out, layout in (("one", {}), ("many", {"tp": tp})):
+        rank_pool.run(export, str(folder), layout, str(tmp_path / out), pairs, ranks=range(tp if layout else 1))
+    check_same(tmp_path / "one" / f"{kind}-compressed-tensors", tmp_path / "many" / f"{kind}-compressed-tensors")
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 4}, {"tp": 2, "pp": 2}])
+def test_a_last_stage_without_quantised_layers(rank_pool, models, tmp_path, layout):
+    pairs = [("fp8", writer) for writer in WRITERS]
+    for out, sizes in (("one", {}), ("many", layout)):
+        ranks = range(ParallelLayout(**sizes).world_size)
+        rank_pool.run(export, str(models("qwen3")), sizes, str(tmp_path / out), pairs, ranks=ranks, skip=(2, 3))
+    for _, writer in pairs:
+        check_same(tmp_path / "one" / f"fp8-{writer}", tmp_path / "many" / f"fp8-{writer}")
+        config = json.loads((tmp_path / "many" / f"fp8-{writer}" / "config.json").read_text())
+        assert "model.layers.3.mlp.down_proj" in config["quantization_config"]["ignore"]
+        assert "model.layers.1.mlp.down_proj" not in config["quantization_config"]["ignore"]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}])
+def test_kv_scales(rank_pool, models, tmp_path, layout):
+    from safetensors.torch import load_file
+
+    pairs = [("fp8", writer) for writer in WRITERS]
+    for out, sizes in (("one", {}), ("many", layout)):
+        ranks = range(ParallelLayout(**sizes).world_size)
+        rank_pool.run(export, str(models("qwen3")), sizes, str(tmp_path / out), pairs, ranks=ranks, kv=True)
+    ends = {"modelopt": "self_attn.{0}_proj.{0}_scale", "compressed-tensors": "self_attn.{0}_scale"}
+    for _, writer in pairs:
+        folder = tmp_path / "many" / f"fp8-{writer}"
+        check_same(tmp_path / "one" / f"fp8-{writer}", folder)
+        assert verify_quantized(folder).ok
+        tensors = load_file(folder / "model.safetensors")
+        scales = {n: t for n, t in tensors.items() if n.endswith(("k_scale", "v_scale"))}
+        assert sorted(scales) == sorted(
+            f"model.layers.{n}.{ends[writer].format(which)}" for n in range(4) for which in "kv"
+        )
+        assert len({float(scale) for scale in scales.values()}) == 8
+        assert all(1 < float(scale) < 800 / 448 for scale in scales.values())
+        assert json.loads((folder / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
