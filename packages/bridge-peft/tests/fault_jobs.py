@@ -63,7 +63,7 @@ def convert(verb: str, fault: str, rank: int, source: str, out: str, hf: str) ->
     with faulty(verb, fault, here=dist.get_rank() == rank):
         try:
             call(source, out, hf, workers=TorchWorkers(default_group()))
-        except BridgeError as error:
+        except (BridgeError, OSError) as error:
             return str(error)
     return ""
 
@@ -84,7 +84,7 @@ def save(verb: str, fault: str, rank: int, hf: str, out: str, layout: dict[str, 
         with faulty(verb, fault, here=dist.get_rank() == rank):
             try:
                 call(chunks, out, bridge)
-            except BridgeError as error:
+            except (BridgeError, OSError) as error:
                 return str(error)
         return ""
 

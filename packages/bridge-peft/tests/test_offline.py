@@ -1,6 +1,8 @@
 """Offline conversion: Megatron-Bridge's checkpoints, excluded layers, bad input, the command line."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -311,6 +313,18 @@ def test_the_command_line(dense, adapter, tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(run), str(hf), "--target", "tgi"])
+
+
+def test_a_file_that_cannot_be_read_is_told_without_a_traceback(ours, tmp_path, monkeypatch, capsys):
+    def unreadable(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("bridge_peft.converting.offline.find_checkpoint", unreadable)
+    assert main(["export", str(ours), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "bridge-peft: a file could not be read or written" in said
+    assert "Permission denied" in said
+    assert str(ours) in said
 
 
 def test_import_needs_to_know_the_model(adapter, tmp_path):
