@@ -199,7 +199,8 @@ def test_the_base_of_an_adapted_model_loads_and_saves(rank_pool, models, tmp_pat
     with pytest.raises(CoverageError, match=r"(?s)holds adapters.*bridge-peft export"):
         bridge.export_ckpt(outs["everything"], tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-    bridge.export_ckpt(outs["everything"], tmp_path / "told", ignore=["*.adapter.*"])
+    told = bridge.export_ckpt(outs["everything"], tmp_path / "told", ignore=["*.adapter.*"])
+    assert any(".adapter.default." in key and "left out" in reason for key, reason in told.ignored.items())
     for folder in ("hf", "again", "told"):
         assert (tmp_path / folder / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
     export_adapter_ckpt(outs["everything"], tmp_path / "adapter", path, by_hand=ByHand(r=4, alpha=8))

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: BridgeError) -> int:
-    """Say what went wrong: under torchrun every worker learns of an error, one of them says it."""
-    if int(os.environ.get("RANK") or 0) == 0:
+    from bridge_core.runtime.workers import RendezvousError
+
+    # Under torchrun every worker learns of an error; one of them says it. Workers that have not met all do.
+    if int(os.environ.get("RANK") or 0) == 0 or isinstance(error, RendezvousError):
         print(f"{PROGRAM}: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
