@@ -327,6 +327,20 @@ def test_a_file_that_cannot_be_read_is_told_without_a_traceback(ours, tmp_path, 
     assert str(ours) in said
 
 
+def test_an_adapter_of_a_changed_base_comes_with_a_warning(dense, ours, tmp_path):
+    """pissa and its like take a part out of the base: the adapter is none for the model that they started from."""
+    file = ours / "iter_0000000" / "run_config.yaml"
+    config = json.loads(file.read_text())
+    for settings in config["bridge_peft"]["adapters"]["default"].values():
+        assert settings["changes_base"] is False
+        settings["changes_base"] = True
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="taken out of the base weights"):
+        export_adapter_ckpt(ours, tmp_path / "hf")
+    with pytest.warns(UserWarning, match="taken out of the base weights"):
+        merge_hf(dense, ours, tmp_path / "merged")
+
+
 def test_import_needs_to_know_the_model(adapter, tmp_path):
     source = changed(adapter, tmp_path / "source", config={"base_model_name_or_path": "org/model"})
     with pytest.raises(ConfigError, match="--hf-model"):

@@ -42,10 +42,11 @@ def torchrun(*arguments):
 
 
 def files(folder):
-    """Bytes of all files in a folder by name; without run_config.yaml, whose order of layers is free."""
+    """Bytes of all files in a folder, by name."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_two_workers_write_what_one_does(dense, adapter, run, tmp_path):
     done = torchrun("-m", "bridge_peft.cli", "import", adapter, tmp_path / "run", "--hf-model", dense)
     assert done.returncode == 0, done.stderr
@@ -58,6 +59,7 @@ def test_two_workers_write_what_one_does(dense, adapter, run, tmp_path):
     assert files(tmp_path / "hf") == files(tmp_path / "alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_a_killed_worker_leaves_nothing_that_looks_finished(dense, adapter, run, tmp_path, verb):
     """The other one may be stopped too early to clean up; a later run is not in its way."""
@@ -100,6 +102,7 @@ def test_one_failing_rank_of_a_model_fails_them_all(rank_pool, dense, tmp_path, 
     assert left == []
 
 
+@pytest.mark.slow
 def test_bad_input_is_told_once(tmp_path):
     done = torchrun("-m", "bridge_peft.cli", "export", tmp_path / "absent", tmp_path / "out")
     assert done.returncode != 0
