@@ -299,6 +299,17 @@ def test_a_pattern_may_fit_on_another_pipeline_stage_only(rank_pool):
     assert second[1] == [f"decoder.layers.0.mlp.linear_fc1.adapter.default.{f}" for f in ("lora_A", "lora_B")]
 
 
+def test_what_one_stage_refuses_all_refuse(rank_pool):
+    """Only the last stage has the output layer, which has no weight of its own where it is tied."""
+    lora = {"target_modules": ["linear_qkv", "output_layer"], "use_dora": True}
+    case = Case(DENSE | {"share_embeddings_and_output_weights": True}, {"pp": 2}, lora)
+    answers = rank_pool.run(layer_jobs.refused, case, ranks=[0, 1])
+    for error, same in answers:
+        assert "no weight of its own" in str(error)
+        assert same
+    assert "stage 1" in str(answers[0][0])
+
+
 REFUSED = {
     "nothing-matches": ({"target_modules": ["linear_gkv"]}, ["linear_gkv", "linear_qkv", "fits no module"]),
     "one-of-two": ({"target_modules": ["linear_qkv", "dense_h_to_4h"]}, ["dense_h_to_4h"]),

@@ -34,9 +34,7 @@ def initialise(adapters: list[tuple[str, LoraAdapter]], config: LoraConfig) -> N
         adapters: (name of the adapter, adapter on a layer).
         config: its `lora_init_method` and `seed`.
     """
-    method, check = _METHODS[config.lora_init_method]
-    for _, adapter in adapters:
-        check(adapter.site)  # before any weight is changed
+    method, _ = _METHODS[config.lora_init_method]
     unquantised = []
     for name, adapter in adapters:
         _kaiming_zeros(name, adapter, config.seed)
@@ -247,3 +245,12 @@ _METHODS: dict[str, tuple[Callable[[LoraAdapter], bool] | None, Callable[[Site],
     "pissa": (_pissa, _check_plain),
     "olora": (_olora, _check_plain),
 }
+
+
+def check_method(site: Site, method: str) -> None:
+    """Refuse a layer that a method of `lora_init_method` does not go with; before any weight is changed.
+
+    Raises:
+        ConfigError: says what the method needs.
+    """
+    _METHODS[method][1](site)
