@@ -17,7 +17,7 @@ from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
 from bridge_core.plan.placement import EMBEDDING, OUTPUT
-from bridge_core.runtime.tensors import dtype_name
+from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
 
@@ -66,6 +66,12 @@ class LiveModel:
     shards: tuple[Shard, ...]
     tensors: Mapping[tuple[int, str], Tensor]
     excepted: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> Any:
+        """Where the parameters are; where this process computes if it holds none."""
+        first = next(iter(self.tensors.values()), None)
+        return default_device() if first is None else first.device
 
     def tensor(self, shard: Shard) -> Tensor:
         """The live parameter of a shard."""
