@@ -35,12 +35,12 @@ from bridge_core.checkpoint.keys import (
     written_forms,
 )
 from bridge_core.checkpoint.megatron_files import extra_state_object
-from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, forms_of
+from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_no_adapters, check_weights, forms_of
 from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import CheckpointError, ConfigError, CoverageError, preview
+from bridge_core.errors import CheckpointError, ConfigError
 from bridge_core.geometry import Box, Piece, Shape, restrict
 from bridge_core.patterns import fill
 from bridge_core.plan import Entry, Plan, compile_entries
@@ -255,21 +255,10 @@ def megatron_entries(plan: Plan, checkpoint: MegatronFolder) -> Wired:
     for key in _left_out(plan, checkpoint, weights):
         del weights[key]
     weights = {key: tensor for key, tensor in weights.items() if not (is_adapter(key) and plan.ignores(key))}
-    _check_no_adapters(weights, checkpoint.path)
+    check_no_adapters(weights, where=checkpoint.path)
     forms = forms_of(plan.entries, weights, where=checkpoint.path)
     check_weights(plan.entries, forms, weights, where=checkpoint.path)
     return Wired(plan, forms, weights, checkpoint.path, checkpoint.shifted)
-
-
-def _check_no_adapters(keys: Collection[str], where: Path) -> None:
-    if adapters := [key for key in keys if is_adapter(key)]:
-        raise CoverageError(
-            "the Megatron checkpoint holds adapters beside the model, which would be lost",
-            where=where,
-            expected="the tensors of the model alone",
-            got=f"{len(adapters)} tensors of adapters: {preview(adapters)}",
-            fix='ignore=["*.adapter.*"] (--ignore) leaves them out; bridge-peft export converts them',
-        )
 
 
 def _left_out(plan: Plan, checkpoint: MegatronFolder, weights: Mapping[str, DcpTensor]) -> set[str]:
