@@ -207,7 +207,7 @@ def dropped(case: Case) -> dict[str, Any]:
         return {"training": training, "evaluation": [logits_of(chunk) for _ in range(2)]}
 
 
-def refused(case: Case, *, wrap: bool = False, twice: bool = False, name: str = "default") -> Any:
+def refused(case: Case, *, wrap: bool = False, first: dict[str, Any] | None = None, name: str = "default") -> Any:
     """The error of `apply_lora`, and whether the model is as it was."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -221,13 +221,13 @@ def refused(case: Case, *, wrap: bool = False, twice: bool = False, name: str = 
         model: Any = chunks
         if wrap:
             model = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk, pg_collection=pg)
-        if twice:
-            apply_lora(model, LoraConfig(), pg)
+        if first is not None:
+            apply_lora(model, LoraConfig(**first), pg)
         keys = list(chunk.state_dict())
         try:
             apply_lora(model, LoraConfig(**case.lora), pg, adapter_name=name)
         except BridgeError as error:
-            trained = all(p.requires_grad for p in chunk.parameters()) or twice
+            trained = all(p.requires_grad for p in chunk.parameters()) or first is not None
             return error, list(chunk.state_dict()) == keys and trained
         return None, False
 

@@ -300,14 +300,17 @@ def test_a_pattern_may_fit_on_another_pipeline_stage_only(rank_pool):
 
 
 def test_what_one_stage_refuses_all_refuse(rank_pool):
-    """Only the last stage has the output layer, which has no weight of its own where it is tied."""
-    lora = {"target_modules": ["linear_qkv", "output_layer"], "use_dora": True}
-    case = Case(DENSE | {"share_embeddings_and_output_weights": True}, {"pp": 2}, lora)
-    answers = rank_pool.run(layer_jobs.refused, case, ranks=[0, 1])
-    for error, same in answers:
-        assert "no weight of its own" in str(error)
-        assert same
-    assert "stage 1" in str(answers[0][0])
+    """Only the last stage has a layer with an adapter of that name."""
+    first = {"target_modules": ["layers.1.mlp.linear_fc1"]}
+    case = Case(DENSE, {"pp": 2}, {})
+    (error, same), (other, same_there) = rank_pool.run(layer_jobs.refused, case, first=first, ranks=[0, 1])
+    assert "another pipeline stage cannot be adapted" in str(error)
+    assert "stage 1" in str(error)
+    for each in (error, other):
+        assert "decoder.layers.1.mlp.linear_fc1" in str(each)
+        assert "adapter of this name already" in str(each)
+    assert same
+    assert same_there
 
 
 REFUSED = {
@@ -333,7 +336,7 @@ def test_patterns_that_fit_nothing_are_refused(rank_pool, name):
     ("options", "fields", "words"),
     [
         ({"wrap": True}, {}, ["before DDP", "DistributedDataParallel"]),
-        ({"twice": True}, {}, ["adapter of this name already", "'default'"]),
+        ({"first": {}}, {}, ["adapter of this name already", "'default'"]),
         ({"name": "my.adapter"}, {}, ["cannot have this name", "'my.adapter'"]),
     ],
     ids=["wrapped", "twice", "name"],
