@@ -26,6 +26,7 @@ from bridge_core.checkpoint.hf_output import (
     finish_hf_folder,
     stored_assets,
 )
+from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path, write_folder
@@ -181,7 +182,8 @@ def export_ckpt(
         given = like.config if like else _as_config(hf_config)
         checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options, variant=variant)
         asked = [pattern for pattern in ignore if pattern not in checkpoint.ignore]
-        check_ignored(checkpoint.family, checkpoint.fields, asked, like.tensors if like else ())
+        beside = [key for key in checkpoint.dcp.tensors if is_adapter(key)]
+        check_ignored(checkpoint.family, checkpoint.fields, asked, (*(like.tensors if like else ()), *beside))
         planned = partial(export_plan, checkpoint, inventory=like.shapes if like else None, **codec_options(fp8, like))
         ready = planned(ignore=ignore)
         absent = elsewhere(ready, checkpoint, variant.from_source, like)
@@ -406,6 +408,7 @@ def _left_out(checkpoint: MegatronFolder, plan: Plan) -> dict[str, str]:
     """What the checkpoint holds and the export does not, each with the reason."""
     others = sorted(checkpoint.dcp.tensors.keys() - checkpoint.weights().keys())
     found = dict.fromkeys(others, "no weight: training state")
+    found |= dict.fromkeys(filter(is_adapter, sorted(checkpoint.weights())), "adapter, left out as asked")
     for entry in plan.entries:
         if entry.padding is not None:
             rows = entry.padding.shape[0]

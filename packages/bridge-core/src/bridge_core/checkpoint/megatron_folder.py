@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
-from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_shape
+from bridge_core.checkpoint.keys import Form, Forms, by_block, is_adapter, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.checkpoint.variant import PLAIN, Variant
 from bridge_core.codecs import Fp8Blocks
@@ -187,6 +187,18 @@ def _form_of(entries: Sequence[Entry], tensors: Mapping[str, DcpTensor], where: 
         got=f"{len(tensors)} tensors, the first: {preview(sorted(tensors))}",
         fix="check that the configuration (run_config.yaml, or the config.json given) belongs to this checkpoint",
     )
+
+
+def check_no_adapters(keys: Collection[str], *, where: Path) -> None:
+    """Raise if a checkpoint holds adapters beside the model's tensors."""
+    if adapters := [key for key in keys if is_adapter(key)]:
+        raise CoverageError(
+            "the Megatron checkpoint holds adapters beside the model, which would be lost",
+            where=where,
+            expected="the tensors of the model alone",
+            got=f"{len(adapters)} tensors of adapters: {preview(adapters)}",
+            fix='ignore=["*.adapter.*"] (--ignore) leaves them out; bridge-peft export converts them',
+        )
 
 
 def check_weights(entries: tuple[Entry, ...], forms: Forms, tensors: Mapping[str, DcpTensor], *, where: Path) -> None:

@@ -30,12 +30,13 @@ from bridge_core.checkpoint.keys import (
     alias_keys,
     by_block,
     extra_state_keys,
+    is_adapter,
     places,
     stacked_shape,
     written_forms,
 )
 from bridge_core.checkpoint.megatron_files import extra_state_object
-from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, forms_of
+from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_no_adapters, check_weights, forms_of
 from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
@@ -248,11 +249,14 @@ def megatron_entries(plan: Plan, checkpoint: MegatronFolder) -> Wired:
     """Match a plan against a checkpoint's tensors, exactly.
 
     Raises:
-        CoverageError: tensors are missing, unexpected or of another shape.
+        CoverageError: tensors are missing, unexpected or of another shape; or there are adapters beside the model's
+            tensors, and no pattern of the plan's `ignore` says that they are to be left out.
     """
     weights = without_aliases(plan.entries, checkpoint.weights())
     for key in _left_out(plan, checkpoint, weights):
         del weights[key]
+    weights = {key: tensor for key, tensor in weights.items() if not (is_adapter(key) and plan.ignores(key))}
+    check_no_adapters(weights, where=checkpoint.path)
     forms = forms_of(plan.entries, weights, where=checkpoint.path)
     check_weights(plan.entries, forms, weights, where=checkpoint.path)
     return Wired(plan, forms, weights, checkpoint.path, checkpoint.shifted)

@@ -20,7 +20,7 @@ def check_ignored(family: Family, fields: Fields, ignore: Sequence[str], names: 
     Args:
         family, fields: of the model, with its prediction layers.
         ignore: patterns (as in a shell) of HF names. Those that begin with `mtp.` fit any model.
-        names: HF names that a checkpoint has.
+        names: of tensors that a checkpoint has beside those of the model, which may be left out too.
 
     Raises:
         ConfigError: names the patterns that fit nothing.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.wiring import check_wanted
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
@@ -172,18 +173,13 @@ def matches(name: str, patterns: Collection[str]) -> bool:
 _WEIGHT_BUFFERS = (".router.expert_bias",)
 
 
-# Where LoRA and its like keep what they add to a layer, as a child module of it (bridge-peft; Megatron-Bridge 0.7,
-# peft/adapter_wrapper.py). It is no part of the model that a configuration describes.
-_ADAPTERS = re.compile(r"(^|\.)adapter\.")
-
-
 def stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a chunk, without those of adapters on it, and the buffers that are weights as well."""
     # A tied output layer beside prediction layers: megatron-core 0.19 makes a weight for it that it never uses, as the
     # embedding is there too (models/common/language_module/language_module.py, `shared_embedding_or_output_weight`).
     unused = getattr(chunk, "mtp_process", False) and chunk.share_embeddings_and_output_weights
     for name, parameter in chunk.named_parameters():
-        if not (_ADAPTERS.search(name) or (unused and name == OUTPUT)):
+        if not (is_adapter(name) or (unused and name == OUTPUT)):
             yield name, parameter
     for name, buffer in chunk.named_buffers():
         if name.endswith(_WEIGHT_BUFFERS):

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.dcp import read_dcp
+from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, find_iteration
 from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
@@ -38,11 +39,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronReport:
-    """What a save or a load did: folder of the iteration, its number, parameters of this rank."""
+    """What a save or a load did.
+
+    Attributes:
+        folder: of the iteration.
+        iteration: its number.
+        parameters: of this rank, that were written or filled.
+        adapters: parameters of adapters on this rank, which were left alone.
+    """
 
     folder: Path
     iteration: int
     parameters: int
+    adapters: int = 0
 
 
 def save_megatron_model(
@@ -59,6 +68,9 @@ def save_megatron_model(
     group: Any = None,
 ) -> MegatronReport:
     """Write the weights of a live model as a Megatron torch_dist checkpoint. Collective over `group`.
+
+    Adapters on its layers (`<layer>.adapter.<...>`) are not written: what is saved is the base model, as in
+    `save_hf_pretrained`. The report counts them; bridge-peft saves them (`save_adapter_ckpt`).
 
     The iteration's folder gets its name when everything in it is written, and only then becomes the latest
     one of the run; a save that fails or is killed leaves nothing that looks finished.
@@ -82,7 +94,7 @@ def save_megatron_model(
     def text(live: LiveModel, dtype: str) -> str:
         return write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
 
-    return save_live(
+    report = save_live(
         lambda: open_live(model, family, fields, groups=groups, ignore=ignore),
         lambda: sharded_state(model, groups),
         text,
@@ -91,6 +103,7 @@ def save_megatron_model(
         overwrite=overwrite,
         group=group,
     )
+    return replace(report, adapters=count_adapters(unwrap(model)))
 
 
 def save_live(
@@ -124,13 +137,16 @@ def save_live(
     dtype = _main_dtype(live)
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
 
+    def finish(folder: Path) -> None:
+        (folder / RUN_CONFIG).write_text(text(live, dtype), encoding="utf-8")
+
+    def written() -> dict[str, Any]:
+        return _without_adapters(state()) | {"iteration": iteration, "checkpoint_version": 3.0}
+
     with OwnWorld() as world:
 
         def fill(folder: Path, rank: int, size: int) -> None:
-            world.step(lambda: _save(state, folder, iteration, where=output))
-
-        def finish(folder: Path) -> None:
-            (folder / RUN_CONFIG).write_text(text(live, dtype), encoding="utf-8")
+            world.step(lambda: save_state(written(), folder, where=output))
 
         write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
     workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
@@ -150,13 +166,15 @@ def load_megatron_model(
     """Fill a live model from a Megatron torch_dist checkpoint, saved at any layout. Collective over `group`.
 
     The checkpoint's tensors are compared with the model's before a byte is copied; then megatron-core loads,
-    at its default strictness. Optimizer and random state in the checkpoint are left where they are.
+    at its default strictness. Optimizer and random state in the checkpoint are left where they are. Adapters on
+    the model's layers keep their values; those in the checkpoint are refused unless `ignore` names them.
 
     Args:
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: folder of a run, whose latest iteration is taken, or of one iteration; all ranks must see it.
         family, fields: of the HF model.
-        ignore: patterns (as in a shell) of HF names whose tensors the model does not have.
+        ignore: patterns (as in a shell) of HF names whose tensors the model does not have; `"*.adapter.*"` for
+            adapters in the checkpoint.
         groups, group: as for `save_megatron_model`.
 
     Raises:
@@ -169,9 +187,9 @@ def load_megatron_model(
 
     def take(loaded: dict[str, Any]) -> None:
         for name, chunk in _named_chunks(model).items():
-            chunk.load_state_dict(loaded[name], strict=True)
+            fill_module(chunk, loaded[name])
 
-    return load_live(
+    report = load_live(
         lambda: open_live(model, family, fields, groups=groups, ignore=ignore),
         compare,
         lambda: sharded_state(model, groups),
@@ -179,6 +197,7 @@ def load_megatron_model(
         path,
         group=group,
     )
+    return replace(report, adapters=count_adapters(unwrap(model)))
 
 
 def load_live(
@@ -227,21 +246,32 @@ def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
     return found[0]
 
 
-def _save(state: Callable[[], dict[str, Any]], folder: Path, iteration: int, *, where: Path) -> None:
-    """megatron-core's own save. Collective over torch's default group."""
+def save_state(state: dict[str, Any], folder: Path, *, where: Path) -> None:
+    """megatron-core's own save of a sharded state. Collective over torch's default group; call it in an `OwnWorld`.
+
+    Args:
+        state: what mcore's `dist_checkpointing.save` takes.
+        folder: an empty one.
+        where: what to call it in errors.
+    """
     from megatron.core import dist_checkpointing
 
     with _in_our_words(where), _own_results():
-        dist_checkpointing.save(state() | {"iteration": iteration, "checkpoint_version": 3.0}, str(folder))
+        dist_checkpointing.save(state, str(folder))
 
 
-def _load(state: Callable[[], dict[str, Any]], take: Callable[[dict[str, Any]], None], folder: Path) -> int:
-    """megatron-core's own load, into the parameters; the iteration. Collective over torch's default group."""
+def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """megatron-core's own load of a sharded state, at its default strictness. Collective like `save_state`."""
     from megatron.core import dist_checkpointing
 
     with _in_our_words(folder):
-        loaded: Any = dist_checkpointing.load(state(), str(folder))
-        take(loaded)
+        return dist_checkpointing.load(state, str(folder))  # type: ignore[return-value]
+
+
+def _load(state: Callable[[], dict[str, Any]], take: Callable[[dict[str, Any]], None], folder: Path) -> int:
+    """A checkpoint into the parameters of the base; the iteration. Collective."""
+    loaded: Any = load_state(_without_adapters(state()), folder)
+    take(loaded)
     return int(loaded.get("iteration") or 0)
 
 
@@ -264,6 +294,21 @@ def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "") 
     """mcore's sharded state of one chunk, names and keys below `prefix`. Reads no global `parallel_state`."""
     with _tied_by(chunk, groups):
         return chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": groups.dp_cp})
+
+
+def _without_adapters(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: {key: e for key, e in entries.items() if not is_adapter(key)} for name, entries in state.items()}
+
+
+def fill_module(module: Any, values: Mapping[str, Any]) -> None:
+    """Put what was loaded of a module's base into it, strictly; adapters in it keep their values."""
+    kept = {key: value for key, value in module.state_dict().items() if is_adapter(key)}
+    module.load_state_dict(kept | dict(values), strict=True)
+
+
+def count_adapters(modules: Iterable[Any]) -> int:
+    """Parameters of adapters on some modules."""
+    return sum(is_adapter(name) for module in modules for name, _ in module.named_parameters())
 
 
 def _main_dtype(live: LiveModel) -> str:

@@ -25,7 +25,14 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import restrict
 from bridge_core.plan import Plan
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.megatron_ckpt import MegatronReport, load_live, save_live, sharded_chunk
+from bridge_core.runtime.megatron_ckpt import (
+    MegatronReport,
+    count_adapters,
+    fill_module,
+    load_live,
+    save_live,
+    sharded_chunk,
+)
 from bridge_core.runtime.tensors import from_numpy, torch_dtype
 from bridge_core.topology import ParallelLayout
 from bridge_mimo.checkpoint.stored import components_section
@@ -94,7 +101,8 @@ def save_megatron_model(
             sections=components_section(components, known.layouts, colocated=mimo_plan(live).colocated),
         )
 
-    return save_live(opened, state, text, path, iteration=iteration, overwrite=overwrite)
+    report = save_live(opened, state, text, path, iteration=iteration, overwrite=overwrite)
+    return replace(report, adapters=_count(model, known))
 
 
 def load_megatron_model(
@@ -131,15 +139,20 @@ def load_megatron_model(
         state = loaded["model"]
         for prefix, module in modules_of(model, known).values():
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            module.load_state_dict(own, strict=True)
+            fill_module(module, own)
 
-    return load_live(
+    report = load_live(
         lambda: open_mimo(model, components, known, ignore=ignore),
         compare,
         lambda: {"model": sharded_state(model, known)},
         take,
         path,
     )
+    return replace(report, adapters=_count(model, known))
+
+
+def _count(model: Any, groups: MimoGroups) -> int:
+    return count_adapters(module for _, module in modules_of(model, groups).values())
 
 
 def sharded_state(model: Any, groups: MimoGroups) -> dict[str, Any]:
