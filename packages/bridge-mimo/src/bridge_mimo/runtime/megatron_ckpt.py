@@ -25,14 +25,8 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import restrict
 from bridge_core.plan import Plan
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.megatron_ckpt import (
-    MegatronReport,
-    count_adapters,
-    fill_module,
-    load_live,
-    save_live,
-    sharded_chunk,
-)
+from bridge_core.runtime.megatron_ckpt import MegatronReport, load_live, save_live
+from bridge_core.runtime.megatron_state import count_adapters, fill_module, sharded_chunk
 from bridge_core.runtime.tensors import from_numpy, torch_dtype
 from bridge_core.topology import ParallelLayout
 from bridge_mimo.checkpoint.stored import components_section
