@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -27,26 +27,17 @@ from bridge_core.checkpoint.hf_output import (
     stored_assets,
 )
 from bridge_core.checkpoint.keys import is_adapter
+from bridge_core.checkpoint.matching import cast_to, elsewhere, megatron_entries
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, open_megatron
+from bridge_core.checkpoint.options import Options, Report
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
-from bridge_core.checkpoint.transfer import Moved, Progress, share, transfer
+from bridge_core.checkpoint.transfer import Moved, share, transfer
 from bridge_core.checkpoint.variant import PLAIN, Variant
-from bridge_core.checkpoint.wiring import (
-    cast_to,
-    check_wanted,
-    create_files,
-    elsewhere,
-    export_jobs,
-    import_jobs,
-    lay_out_megatron,
-    megatron_entries,
-    shifted_dtypes,
-)
-from bridge_core.checkpoint.workers import Alone, Workers, jointly
+from bridge_core.checkpoint.wiring import create_files, export_jobs, import_jobs, lay_out_megatron, shifted_dtypes
+from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
-from bridge_core.errors import ConfigError
 from bridge_core.families import family_for
 from bridge_core.patterns import match
 from bridge_core.plan import Plan, check_ignored
@@ -54,65 +45,14 @@ from bridge_core.topology import ParallelLayout
 
 ITERATION = "iter_0000000"
 ASSETS = "tokenizer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        output: the finished folder.
-        family: name of the model family.
-        tensors: HF tensors converted.
-        nbytes: bytes of the tensors written, all workers together, without headers and other files.
-        moved: bytes by the path they took, this worker's share of `nbytes`.
-        ignored: tensors of the source that were left out, each with the reason.
-        carried: files beside the weights that were copied.
-        from_source: HF tensors that the checkpoint did not hold, and that were copied from the source of an export.
-    """
-
-    output: Path
-    family: str
-    tensors: int
-    nbytes: int
-    moved: Moved
-    ignored: dict[str, str]
-    carried: tuple[str, ...]
-    from_source: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a conversion runs; the same in both directions.
-
-    Attributes:
-        dtype: convert floating-point tensors to this type; None keeps each as it is.
-        overwrite: replace an output folder that holds something.
-        durable: wait for the disk before the output gets its name, so that it also outlives a crash of the machine;
-            without it, as after `cp`, the system writes its caches out in its own time.
-        workers: the processes that share the work.
-        threads: copies in flight per worker.
-        progress: called with numbers of bytes written, from any thread.
-    """
-
-    dtype: str | None = None
-    overwrite: bool = False
-    durable: bool = False
-    workers: Workers = field(default_factory=Alone)
-    threads: int = 2
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ConfigError("threads must be at least 1", where="threads", expected=">= 1", got=self.threads)
-        check_wanted(self.dtype)
+_DEFAULTS = Options()
 
 
 def import_ckpt(
     hf_path: str | Path,
     megatron_path: str | Path,
     *,
-    options: Options = Options(),
+    options: Options = _DEFAULTS,
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,
@@ -146,7 +86,7 @@ def export_ckpt(
     hf_config: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 2_000_000_000,
     fp8: bool = False,
-    options: Options = Options(),
+    options: Options = _DEFAULTS,
     ignore: Sequence[str] = (),
     ignore_options: Sequence[str] = (),
     on_total: Callable[[int], None] | None = None,

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, open_hf
+from bridge_core.checkpoint.matching import without_aliases
 from bridge_core.checkpoint.megatron_files import COMMON_STATE_KEY
 from bridge_core.checkpoint.megatron_folder import (
     LATEST,
@@ -21,7 +22,6 @@ from bridge_core.checkpoint.megatron_folder import (
     forms_of,
     open_megatron,
 )
-from bridge_core.checkpoint.wiring import without_aliases
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, ConfigError, preview
 from bridge_core.families import family_for

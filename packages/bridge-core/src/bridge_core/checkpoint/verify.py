@@ -23,10 +23,11 @@ from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import open_hf
 from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
+from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.variant import PLAIN, Variant
-from bridge_core.checkpoint.wiring import export_jobs, megatron_entries
+from bridge_core.checkpoint.wiring import export_jobs
 from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
 from bridge_core.families import family_for

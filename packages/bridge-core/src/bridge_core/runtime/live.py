@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.keys import is_adapter
-from bridge_core.checkpoint.wiring import check_wanted
+from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.dcp import read_dcp
+from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, find_iteration
 from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
-from bridge_core.checkpoint.wiring import megatron_entries
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import LayoutError
 from bridge_core.families import Family, Fields

@@ -16,11 +16,11 @@ from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.keys import Place, places, written_forms
+from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan
 from bridge_core.checkpoint.run_config import write_run_config
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, gather
-from bridge_core.checkpoint.wiring import megatron_entries
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import restrict
 from bridge_core.plan import Plan

@@ -1,0 +1,63 @@
+"""How a conversion runs, and what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bridge_core.checkpoint.matching import check_wanted
+from bridge_core.checkpoint.transfer import Moved, Progress
+from bridge_core.checkpoint.workers import Alone, Workers
+from bridge_core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        output: the finished folder.
+        family: name of the model family.
+        tensors: HF tensors converted.
+        nbytes: bytes of the tensors written, all workers together, without headers and other files.
+        moved: bytes by the path they took, this worker's share of `nbytes`.
+        ignored: tensors of the source that were left out, each with the reason.
+        carried: files beside the weights that were copied.
+        from_source: HF tensors that the checkpoint did not hold, and that were copied from the source of an export.
+    """
+
+    output: Path
+    family: str
+    tensors: int
+    nbytes: int
+    moved: Moved
+    ignored: dict[str, str]
+    carried: tuple[str, ...]
+    from_source: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a conversion runs; the same in both directions.
+
+    Attributes:
+        dtype: convert floating-point tensors to this type; None keeps each as it is.
+        overwrite: replace an output folder that holds something.
+        durable: wait for the disk before the output gets its name, so that it also outlives a crash of the machine;
+            without it, as after `cp`, the system writes its caches out in its own time.
+        workers: the processes that share the work.
+        threads: copies in flight per worker.
+        progress: called with numbers of bytes written, from any thread.
+    """
+
+    dtype: str | None = None
+    overwrite: bool = False
+    durable: bool = False
+    workers: Workers = field(default_factory=Alone)
+    threads: int = 2
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError("threads must be at least 1", where="threads", expected=">= 1", got=self.threads)
+        check_wanted(self.dtype)
