@@ -54,7 +54,7 @@ def agreed_scales(live: LiveModel, dtypes: dict[str, str], group: Any) -> dict[s
     import torch.distributed as dist
 
     codec = live.plan.codec
-    assert codec is not None
+    assert isinstance(codec, Fp8Blocks)
     held: dict[str, Tensor] = {}
     for shard in live.shards:
         for piece in shard.pieces:
