@@ -237,12 +237,13 @@ def refuse(
     from bridge_core import AutoBridge, BridgeError
     from bridge_core.runtime.host import host_backend
     from bridge_quant_export import export_quantized
-    from bridge_quant_export.live import files
+    from bridge_quant_export.live import files, one_writer
 
     warnings.simplefilter("ignore")
     last = everywhere or dist.get_rank() == dist.get_world_size() - 1
     bridge = AutoBridge.from_hf_pretrained(path)
-    original_pack, original_put = files.pack, files.PackedFiles.put
+    kind = one_writer.OwnedFiles if (options or {}).get("one_writer_per_file") else files.PackedFiles
+    original_pack, original_put = files.pack, kind.put
     with host_backend():
         pg, chunks = build_loaded(bridge, layout, "host", grouped=True)
         if spoil != "not quantised":
@@ -252,13 +253,13 @@ def refuse(
         if last and spoil == "packing fails":
             files.pack = _no_memory
         if last and spoil == "a tensor is forgotten":
-            files.PackedFiles.put = _forgetful(original_put)
+            kind.put = _forgetful(original_put)
         try:
             export_quantized(chunks, out, bridge=bridge, groups=pg, **(options or {}))
         except (BridgeError, MemoryError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
-            files.pack, files.PackedFiles.put = original_pack, original_put
+            files.pack, kind.put = original_pack, original_put
     return "no error"
 
 
@@ -351,3 +352,46 @@ def export_often(path: str, layout: dict[str, Any], out: str, times: int) -> lis
         finally:
             files.pack = original
     return sizes
+
+
+# --- Saved checkpoints -------------------------------------------------------------------------
+
+
+def save_and_export(
+    path: str,
+    layout: dict[str, Any],
+    out: str,
+    formats: list[tuple[str, str]],
+    *,
+    spec: str = "host",
+    kv: bool = False,
+) -> None:
+    """Quantise, save to `out/{format}` as Megatron-LM does with ModelOpt, export live to `out/{format}-{writer}`."""
+    import warnings
+    from pathlib import Path
+
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.runtime.megatron_ckpt import sharded_state
+    from bridge_core.testing.mcore_jobs import global_state
+    from bridge_quant_export import export_quantized
+
+    warnings.simplefilter("ignore")
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        for name in dict.fromkeys(name for name, _ in formats):
+            pg, chunks = build_loaded(bridge, layout, spec, grouped=False)
+            quantise(chunks, pg, name, kv=kv)
+            folder = Path(out, name)
+            if dist.get_rank() == 0:
+                folder.mkdir()
+            dist.barrier()
+            with global_state(layout):  # ModelOpt 0.47 asks mcore's for the groups that describe its tensors
+                dist_checkpointing.save(sharded_state(chunks, pg) | {"iteration": 0}, str(folder))
+                save_sharded_modelopt_state(chunks, str(folder))
+            for writer in [writer for other, writer in formats if other == name]:
+                export_quantized(chunks, f"{out}/{name}-{writer}", bridge=bridge, groups=pg, format=writer)

@@ -149,6 +149,26 @@ def test_configurations_name_every_expert_and_exclude_the_rest(single):
     assert config["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("bucket_bytes", [5_000, 256 * 1024 * 1024])
+def test_one_writer_for_each_file(rank_pool, models, tmp_path, bucket_bytes):
+    """The same bytes; every file opened by one rank, whatever it holds of the model."""
+    pairs, options = [("nvfp4", "modelopt")], {"max_shard_size": 300_000}
+    jobs = {"shared": options, "owned": options | {"one_writer_per_file": True, "bucket_bytes": bucket_bytes}}
+    layout, reports = {"tp": 2, "pp": 2}, {}
+    for out, chosen in jobs.items():
+        found = rank_pool.run(
+            export, str(models("qwen3")), layout, str(tmp_path / out), pairs, ranks=range(4), options=chosen
+        )
+        reports[out] = [report for (report,) in found]
+    check_same(tmp_path / "shared" / "nvfp4-modelopt", tmp_path / "owned" / "nvfp4-modelopt")
+    opened = [name for report in reports["owned"] for name in report.files]
+    names = [file.name for file in (tmp_path / "owned" / "nvfp4-modelopt").glob("*.safetensors")]
+    assert sorted(opened) == sorted(names)
+    assert len(names) > 4
+    totals = {out: sum(report.bytes_written for report in found) for out, found in reports.items()}
+    assert totals["owned"] == totals["shared"]
+
+
 # Widths that do not divide into blocks on a rank: 96 columns on 2 or 4 ranks, 64 on 4.
 @pytest.mark.parametrize(("tp", "kind"), [(2, "mxfp8"), (2, "mxfp4"), (4, "nvfp4"), (4, "mxfp8")])
 def test_a_cut_inside_a_block_is_brought_together_first(rank_pool, tmp_path, tp, kind):

@@ -60,6 +60,19 @@ def test_a_failure_on_another_stage_is_told_on_all(rank_pool, models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("spoil", ["packing fails", "a tensor is forgotten"])
+def test_failures_with_one_writer_for_each_file(rank_pool, models, tmp_path, spoil):
+    told = rank_pool.run(
+        refuse,
+        *(str(models("qwen3")), {"tp": 2}, str(tmp_path / "out"), spoil),
+        ranks=[0, 1],
+        options={"one_writer_per_file": True},
+    )
+    said = "no memory left" if spoil == "packing fails" else "not written as planned"
+    assert all(said in text for text in told), told
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_in_use(rank_pool, models, tmp_path):
     (tmp_path / "note").write_text("here first")
     told = rank_pool.run(refuse, str(models("qwen3")), {"dp": 2}, str(tmp_path), "nothing", ranks=[0, 1])
