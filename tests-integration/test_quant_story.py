@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 pytest.importorskip("megatron.core")
@@ -78,11 +76,12 @@ def distance(found, expected):
 
 
 def test_from_hugging_face_to_serving_and_back(tmp_path, capsys):
+    from bridge_core import AutoBridge
     from bridge_quant_export.cli import main
 
     base = save_model(make_model("qwen3_moe"), tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    layers, experts = config["num_hidden_layers"], config["num_experts"]
+    fields = AutoBridge.from_hf_pretrained(base).fields
+    layers, experts = fields["num_layers"], fields["num_moe_experts"]
     with RankPool(2, timeout_s=200) as pool:
         (formats, logits), (_, others) = pool.run(quantise_and_export, str(base), str(tmp_path))
         assert formats == [{"fp8": layers * (4 + 3 * experts)}] * 2

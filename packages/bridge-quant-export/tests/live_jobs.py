@@ -26,6 +26,8 @@ CONFIGS = {
     "int8": "INT8_DEFAULT_CFG",
     "int8_weight_only": "INT8_WEIGHT_ONLY_CFG",
 }
+MIXED = "mixed"
+"""FP8 attention, NVFP4 feed-forward networks and experts."""
 _SCALED = ("int4_awq", "w4a8_awq")
 
 
@@ -35,8 +37,13 @@ def quantise(chunks: list[Any], pg: Any, name: str, *, kv: bool = False) -> None
 
     from bridge_quant_export import prepare_for_modelopt
 
-    config = copy.deepcopy(getattr(mtq, CONFIGS[name]))
+    config = copy.deepcopy(getattr(mtq, CONFIGS["fp8" if name == MIXED else name]))
     config["algorithm"] = "max"
+    if name == MIXED:
+        fp4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}, "axis": None}
+        names = [f"*mlp*{which}_quantizer" for which in ("weight", "input")]
+        added = [{"quantizer_name": quantizer, "cfg": fp4, "enable": True} for quantizer in names]
+        config["quant_cfg"] = [*config["quant_cfg"], *added]
     if kv:
         extra = [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}, "enable": True}]
         config["quant_cfg"] = [*config["quant_cfg"], *extra]
@@ -83,7 +90,7 @@ def give_ranges(chunk: Any, pg: Any, name: str) -> None:
     for place, module in _linears(chunk):
         inputs = module.input_quantizer
         per_tensor = not inputs._dynamic and inputs.block_sizes is None
-        if inputs.is_enabled and (per_tensor or name == "nvfp4"):
+        if inputs.is_enabled and (per_tensor or name in ("nvfp4", MIXED)):
             inputs.amax = torch.tensor(1.0 + _number(place))
         if name in _SCALED:
             inputs.pre_quant_scale = _scale_of(module, pg, place)
@@ -352,46 +359,3 @@ def export_often(path: str, layout: dict[str, Any], out: str, times: int) -> lis
         finally:
             files.pack = original
     return sizes
-
-
-# --- Saved checkpoints -------------------------------------------------------------------------
-
-
-def save_and_export(
-    path: str,
-    layout: dict[str, Any],
-    out: str,
-    formats: list[tuple[str, str]],
-    *,
-    spec: str = "host",
-    kv: bool = False,
-) -> None:
-    """Quantise, save to `out/{format}` as Megatron-LM does with ModelOpt, export live to `out/{format}-{writer}`."""
-    import warnings
-    from pathlib import Path
-
-    import torch.distributed as dist
-    from megatron.core import dist_checkpointing
-    from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
-
-    from bridge_core import AutoBridge
-    from bridge_core.runtime.host import host_backend
-    from bridge_core.runtime.megatron_ckpt import sharded_state
-    from bridge_core.testing.mcore_jobs import global_state
-    from bridge_quant_export import export_quantized
-
-    warnings.simplefilter("ignore")
-    bridge = AutoBridge.from_hf_pretrained(path)
-    with host_backend():
-        for name in dict.fromkeys(name for name, _ in formats):
-            pg, chunks = build_loaded(bridge, layout, spec, grouped=False)
-            quantise(chunks, pg, name, kv=kv)
-            folder = Path(out, name)
-            if dist.get_rank() == 0:
-                folder.mkdir()
-            dist.barrier()
-            with global_state(layout):  # ModelOpt 0.47 asks mcore's for the groups that describe its tensors
-                dist_checkpointing.save(sharded_state(chunks, pg) | {"iteration": 0}, str(folder))
-                save_sharded_modelopt_state(chunks, str(folder))
-            for writer in [writer for other, writer in formats if other == name]:
-                export_quantized(chunks, f"{out}/{name}-{writer}", bridge=bridge, groups=pg, format=writer)

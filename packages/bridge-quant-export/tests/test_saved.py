@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from live_jobs import CONFIGS, save_and_export
+from live_jobs import CONFIGS
 from quant_models import make
+from saved_jobs import save_and_export
 
 from bridge_core import ParallelLayout
 from bridge_core.errors import BridgeError

@@ -1,9 +1,11 @@
 """The quantisers of a checkpoint that was saved with ModelOpt, without ModelOpt and without a model.
 
-Format: ModelOpt 0.47, quantization/plugins/megatron.py. Ranges are tensors of the checkpoint beside the weights
-(`<linear>.weight_quantizer._amax`, `<linear>.input_quantizer._pre_quant_scale`), of experts with the experts' leading
-dim. Settings are in the module's `_extra_state` object: a list of one byte tensor, which is a `torch.save` of
-`modelopt_quantizer_state`. Both are read with `weights_only`.
+Format: ModelOpt 0.47, quantization/plugins/megatron.py and opt/plugins/megatron.py. Ranges are tensors of the
+checkpoint beside the weights (`<linear>.weight_quantizer._amax`, `<linear>.input_quantizer._pre_quant_scale`), of
+experts with the experts' leading dim; those of a gated `linear_fc1` that was cut over ranks have the rows of one rank
+after those of another, its gate before its up. Dense gated weights are stored as two halves, `linear_fc1.weight_w` and
+`weight_v`. Settings are in the module's `_extra_state` object: a list of one byte tensor, which is a `torch.save` of
+`modelopt_quantizer_state`. All are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -30,11 +32,26 @@ from bridge_quant_export.manifest import Instance, kv_projection, quantisable
 from bridge_quant_export.state import LayerState, read_kv_ranges, read_layer
 
 _OF_QUANTISER = re.compile(r"_quantizer\.|_quantizer_")
+# Of experts, bridge-core knows the halves.
+_GATE = re.compile(r"^(?!.*\.experts\.experts\.).*\.linear_fc1\.weight_w$")
 
 
 def without_quantisers(dcp: DcpFolder) -> DcpFolder:
-    """The same checkpoint without what belongs to quantisers."""
-    return replace(dcp, tensors={key: found for key, found in dcp.tensors.items() if not _OF_QUANTISER.search(key)})
+    """The same checkpoint without what belongs to quantisers, and with dense gated weights under one key."""
+    tensors = {key: found for key, found in dcp.tensors.items() if not _OF_QUANTISER.search(key)}
+    for key in [key for key in tensors if _GATE.search(key)]:
+        up = key.removesuffix("_w") + "_v"
+        if up in tensors:
+            gate, up_half = tensors.pop(key), tensors.pop(up)
+            tensors[key.removesuffix("_w")] = _joined(gate, up_half)
+    return replace(dcp, tensors=tensors)
+
+
+def _joined(first: DcpTensor, second: DcpTensor) -> DcpTensor:
+    """Two tensors, one below the other: no byte of them is elsewhere than before."""
+    rows, *rest = first.shape
+    below = [chunk._replace(offsets=(chunk.offsets[0] + rows, *chunk.offsets[1:])) for chunk in second.chunks]
+    return replace(first, shape=(rows + second.shape[0], *rest), chunks=(*first.chunks, *below))
 
 
 def read_saved(plan: Plan, wired: Wired, dcp: DcpFolder) -> Held:
@@ -58,7 +75,8 @@ def read_saved(plan: Plan, wired: Wired, dcp: DcpFolder) -> Held:
         place = next(iter(places(entry, wired.forms[entry.block], shard.layer, shard.expert)))
         if len(shard.shape) < 2 or not entry.name.rpartition(".")[2].startswith("weight"):
             continue
-        state = saved.layer(place, shard.shape)
+        gated = entry.split is not None and len(entry.split.segments) == 2 and not entry.split.names
+        state = saved.layer(place, shard.shape, gated)
         if not quantisable(entry):
             if state is not None:
                 raise FormatError("no format stores this tensor quantised", where=place.key, got=state.format.title)
@@ -96,15 +114,16 @@ class _Saved:
             if mark:
                 self._states.setdefault(module, []).append(shard)
 
-    def layer(self, place: Place, shape: tuple[int, ...]) -> LayerState | None:
-        """How one weight is quantised; None if it is not."""
+    def layer(self, place: Place, shape: tuple[int, ...], gated: bool) -> LayerState | None:
+        """How one weight is quantised; None if it is not. `gated`: its rows are a gate's, then those that go up."""
         module = place.key.rpartition(".")[0]
         settings = self._of(module, place)
         levels = _levels(settings)
         if not any(not settings[name].get("_disabled", False) for name, _ in levels):
             return None
         weight = [
-            _Quantiser(settings[name], self._range(module, f"{suffix}._amax", place), None) for name, suffix in levels
+            _Quantiser(settings[name], self._range(module, f"{suffix}._amax", place, gated), None)
+            for name, suffix in levels
         ]
         found = {
             which: _Quantiser(
@@ -161,19 +180,20 @@ class _Saved:
             )
         return (found.get("modelopt_quantizer_state") if isinstance(found, Mapping) else None) or {}
 
-    def _range(self, module: str, name: str, place: Place) -> Tensor | None:
+    def _range(self, module: str, name: str, place: Place, gated: bool) -> Tensor | None:
         """A range of a weight; of a gated one from both halves, where each has a key of its own."""
         halves = [self._at(f"{module}.{name}_{half}", place) for half in ("w", "v")]
         if all(half is not None for half in halves):
             return torch.cat([half for half in halves if half is not None])
-        return self._at(f"{module}.{name}", place)
+        return self._at(f"{module}.{name}", place, gated)
 
-    def _at(self, key: str, place: Place) -> Tensor | None:
+    def _at(self, key: str, place: Place, gated: bool = False) -> Tensor | None:
         """A tensor beside a weight, for the weight's place in a stack."""
         if key not in self._dcp.tensors:
             return None
-        tensor = self._tensor(key)
-        stacked = place.stack and tuple(tensor.shape[: len(place.stack)]) == tuple(place.extents)
+        depth = len(place.stack)
+        stacked = depth > 0 and self._dcp.tensors[key].shape[:depth] == place.extents
+        tensor = self._tensor(key, (depth if stacked else 0) if gated else None)
         return tensor[tuple(place.stack)] if stacked else tensor
 
     def _input(self, module: str, name: str, place: Place, numel: int) -> Tensor | None:
@@ -183,7 +203,8 @@ class _Saved:
             return self._tensor(key).reshape(-1)
         return self._at(key, place)
 
-    def _read_tensor(self, key: str) -> Tensor:
+    def _read_tensor(self, key: str, gated: int | None = None) -> Tensor:
+        """A tensor; of a gated weight with all of the gate first, along the dim that is given."""
         found = self._dcp.tensors[key]
         whole = torch.empty(found.shape, dtype=_dtype(found))
         for chunk in found.chunks:
@@ -191,7 +212,14 @@ class _Saved:
                 file.seek(chunk.offset)
                 data = torch.load(io.BytesIO(file.read(chunk.length)), weights_only=True)
             region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[region] = data
+            if gated is None or gated >= len(region) or found.shape[gated] < 2:
+                whole[region] = data
+                continue
+            half = found.shape[gated] // 2
+            for number, part in enumerate(data.chunk(2, dim=gated)):
+                start = number * half + chunk.offsets[gated] // 2
+                own = slice(start, start + part.shape[gated])
+                whole[(*region[:gated], own, *region[gated + 1 :])] = part
         return whole
 
 
