@@ -359,3 +359,20 @@ def export_often(path: str, layout: dict[str, Any], out: str, times: int) -> lis
         finally:
             files.pack = original
     return sizes
+
+
+def load_packed(path: str, layout: dict[str, Any], out: str, *, one_reader: bool = False) -> Any:
+    """Load a packed folder into a live model, and save the model's weights plain; this rank's report of loading."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    options = {"one_reader_per_node": True, "node_group": dist.group.WORLD} if one_reader else {}
+    with host_backend():
+        _, pg, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
+        report = bridge.load_hf_weights(chunks, groups=pg, **options)
+        bridge.save_hf_pretrained(chunks, out, groups=pg, dtype="bfloat16")
+    return report
