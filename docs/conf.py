@@ -67,22 +67,27 @@ html_show_sphinx = False
 
 
 # --- The help of the commands, as they print it --------------------------------------------------
-VERBS = ("plan", "import", "export", "verify", "inspect")
+# Page in reference/generated -> command, its module, its verbs.
+COMMANDS = {
+    "cli.md": ("bridge-core", "bridge_core.cli", ("plan", "import", "export", "verify", "inspect")),
+    "cli-peft.md": ("bridge-peft", "bridge_peft.cli", ("export", "import", "merge", "inspect")),
+}
 
 
-def write_cli_page(app: object) -> None:
-    """Write reference/generated/cli.md: what `--help` says of every verb."""
-    lines: list[str] = []
-    for verb in VERBS:
-        lines += [f"## bridge-core {verb}", "", "```text", help_of(verb), "```", ""]
-    page = Path(__file__).parent / "reference" / "generated" / "cli.md"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text("\n".join(lines), encoding="utf-8")
+def write_cli_pages(app: object) -> None:
+    """Write reference/generated/: what `--help` says of every verb of every command."""
+    for name, (command, module, verbs) in COMMANDS.items():
+        lines: list[str] = []
+        for verb in verbs:
+            lines += [f"## {command} {verb}", "", "```text", help_of(module, verb), "```", ""]
+        page = Path(__file__).parent / "reference" / "generated" / name
+        page.parent.mkdir(exist_ok=True)
+        page.write_text("\n".join(lines), encoding="utf-8")
 
 
-def help_of(verb: str) -> str:
-    """What the command prints for `bridge-core VERB --help`, 96 columns wide and without colours."""
-    code = "import sys; from bridge_core.cli import main; sys.exit(main(sys.argv[1:]))"
+def help_of(module: str, verb: str) -> str:
+    """What a command prints for `VERB --help`, 96 columns wide and without colours."""
+    code = f"import sys; from {module} import main; sys.exit(main(sys.argv[1:]))"
     plain = os.environ | {"COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb"}
     command = [sys.executable, "-c", code, verb, "--help"]
     return subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout.rstrip()
@@ -124,7 +129,7 @@ def shorten_signature(
 
 
 def setup(app: object) -> None:
-    app.connect("builder-inited", write_cli_page)  # type: ignore[attr-defined]
+    app.connect("builder-inited", write_cli_pages)  # type: ignore[attr-defined]
     app.connect("autodoc-skip-member", skip_fields_of_tuples)  # type: ignore[attr-defined]
     app.connect("autodoc-process-signature", shorten_signature)  # type: ignore[attr-defined]
     app.connect("autodoc-process-docstring", show_indented_blocks_as_they_are, priority=400)  # type: ignore[attr-defined]

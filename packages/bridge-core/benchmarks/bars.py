@@ -58,7 +58,13 @@ def _live(ranks: str, found: dict[str, Any]) -> Iterator[Figure]:
         yield Figure("  of cp", f"{verb['ratio']:.2f} x")
         yield Figure("  collectives per rank", f"{max(verb['collectives'])}")
         yield Figure("  peak memory beyond the model", f"{max(verb['memory']) / MIB:.0f} MiB", note="not page cache")
-    yield Figure("Megatron-Bridge", found["megatron-bridge"])
+    other = found["megatron-bridge"]
+    if isinstance(other, str):
+        yield Figure("Megatron-Bridge", other)
+        return
+    for verb, seconds in other.items():
+        yield Figure(f"Megatron-Bridge, {verb}", _seconds(seconds))
+        yield Figure("  of cp", f"{seconds['median'] / found['cp']['median']:.2f} x")
 
 
 def _direction(what: str, shape: str, found: dict[str, Any]) -> Iterator[Figure]:

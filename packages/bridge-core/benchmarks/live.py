@@ -16,11 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from measure import SAMPLING, memory_of, spread
+from peer import peer
 
 from bridge_core import AutoBridge, verify
 
@@ -194,14 +194,7 @@ def _watched(watch: bool) -> Iterator[Callable[[], int]]:
             thread.join()
 
 
-def peer() -> str:
-    """Whether Megatron-Bridge is there to be compared with."""
-    try:
-        return "installed" if find_spec("megatron.bridge") else "not installed"
-    except ModuleNotFoundError:
-        return "not installed"
-
-
 if __name__ == "__main__":
-    found = measure_live(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), rounds=int(sys.argv[4]))
-    print(json.dumps(found | {"megatron-bridge": peer()}))
+    where, work, size, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    found = measure_live(where, work, size, rounds=times)
+    print(json.dumps(found | {"megatron-bridge": peer(where, work, size, LAYOUTS[size], rounds=times)}))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hf_folders import write_hf
+from simulation import CONFIGS
 
-from bridge_core import AutoBridge, ParallelLayout
+from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt
 from bridge_core.errors import ConfigError
 from bridge_core.families import all_families, family_for
 from bridge_core.testing.hf_models import MODELS, make_model, save_model
@@ -112,6 +114,25 @@ def test_another_llama3_rope_is_refused_with_the_numbers():
     config["rope_parameters"] = config["rope_parameters"] | {"high_freq_factor": 8.0}
     with pytest.raises(ConfigError, match=r"high_freq_factor[\s\S]*4.0[\s\S]*8.0"):
         AutoBridge.from_hf_config(config)
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.4.*", "mtp.*", "*.mlp.experts.7.*", "*.inv_freq"])
+def test_a_pattern_to_leave_out_may_be_a_layer_an_expert_or_no_weight(pattern):
+    AutoBridge.from_hf_config(CONFIGS["deepseek_v3"], ignore=[pattern])
+
+
+def test_a_pattern_that_leaves_out_nothing_is_named(tmp_path):
+    """A typing error would leave out nothing."""
+    with pytest.raises(ConfigError, match=r"fits no tensor[\s\S]*model.layer.4.\*[\s\S]*got: +no such name") as caught:
+        AutoBridge.from_hf_config(CONFIGS["deepseek_v3"], ignore=["model.layers.4.*", "model.layer.4.*"])
+    assert "model.layers.4" not in str(caught.value)
+    hf = write_hf(tmp_path / "hf", "qwen3")
+    with pytest.raises(ConfigError, match="fits no tensor"):
+        import_ckpt(hf, tmp_path / "megatron", ignore=["lm_heat.*"])
+    import_ckpt(hf, tmp_path / "megatron")
+    with pytest.raises(ConfigError, match="fits no tensor"):
+        export_ckpt(tmp_path / "megatron", tmp_path / "back", ignore=["lm_heat.*"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
 def test_an_unknown_architecture_says_how_to_add_one():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from inventory import PUBLISHED
 
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt, verify
 from bridge_core.checkpoint.convert import Options
 from bridge_core.checkpoint.hf_folder import open_hf
+from bridge_core.checkpoint.run_config import SECTION
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.testing.hf_layouts import save_published
 from bridge_core.testing.hf_models import make_model, save_model
@@ -107,6 +109,34 @@ def test_decay_and_norm_stay_wide_beside_bfloat16(saved, tmp_path):
     assert {meta.name for meta in planned if meta.dtype == "F32"} == {
         name for name in open_hf(folder).tensors if name.endswith(WIDE)
     }
+
+
+@pytest.mark.parametrize("wide", [(".linear_attn.A_log",), (".norm.weight", "layernorm.weight"), (".q_norm.weight",)])
+def test_a_shifted_norm_keeps_its_dtype_whatever_the_others_have(saved, tmp_path, wide):
+    folder = rewrite(
+        saved("qwen3_next", "publisher"),
+        tmp_path / "hf",
+        lambda tensors: {k: t if k.endswith(wide) else t.bfloat16() for k, t in tensors.items()},
+    )
+    import_ckpt(folder, tmp_path / "megatron")
+    export_ckpt(tmp_path / "megatron", tmp_path / "back")
+    verify(folder, tmp_path / "back").raise_if_different()
+
+
+@pytest.mark.parametrize("by", ["transformers", "publisher"])
+def test_forms_of_a_checkpoint_without_a_record_are_those_it_is_compared_with(saved, tmp_path, by):
+    folder = saved("qwen3_next", by)
+    import_ckpt(folder, tmp_path / "megatron")
+    (path,) = (tmp_path / "megatron").glob("iter_*/run_config.yaml")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != SECTION}))
+    verify(folder, tmp_path / "megatron").raise_if_different()
+
+
+def test_costs_count_wide_tensors_as_wide():
+    plan = AutoBridge.from_hf_config(PUBLISHED["qwen3.5-27b"]).plan()
+    assert any(meta.dtype == "F32" for meta in plan.metadata())
+    assert plan.cost(0).nbytes == sum(meta.nbytes for meta in plan.metadata())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

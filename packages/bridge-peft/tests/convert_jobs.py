@@ -113,23 +113,88 @@ def load_checkpoint(path: str, folder: str, layout: dict[str, Any], lora: dict[s
     return {"logits": logits, "tp": pg.tp.rank()}
 
 
-def base_round_trip(path: str, layout: dict[str, Any], lora: dict[str, Any], out: str):
-    """The base of an adapted model, loaded again and saved; whether the factors stayed."""
-    import torch
+def base_round_trip(path: str, layout: dict[str, Any], lora: dict[str, Any], outs: dict[str, str]) -> dict[str, Any]:
+    """The base of an adapted model, loaded and saved as HF's and as Megatron's; whether the factors stayed.
 
+    Args:
+        outs: folders for "hf", "megatron" (the base alone) and "everything" (as megatron-core's trainer saves it).
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    from bridge_core.errors import BridgeError
     from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import sharded
 
     with host_backend():
-        bridge, _, chunks = adapted(path, layout, lora)
-        before = {name: p.clone() for name, p in chunks[0].named_parameters() if ".adapter." in name}
-        with torch.no_grad():
-            for name, parameter in chunks[0].named_parameters():
-                if ".adapter." not in name:
-                    parameter.fill_(float("nan"))
+        bridge, pg, chunks = adapted(path, layout, lora)
+        (chunk,) = chunks
+        before = {name: p.clone() for name, p in chunk.named_parameters() if ".adapter." in name}
+
+        def lose_the_base():
+            with torch.no_grad():
+                for name, parameter in chunk.named_parameters():
+                    if ".adapter." not in name:
+                        parameter.fill_(float("nan"))
+
+        def kept():
+            return all(torch.equal(value, chunk.get_parameter(name)) for name, value in before.items())
+
+        lose_the_base()
         bridge.load_hf_weights(chunks)
-        bridge.save_hf_pretrained(chunks, out)
-        after = dict(chunks[0].named_parameters())
-        return bool(before) and all(torch.equal(value, after[name]) for name, value in before.items())
+        saved = bridge.save_megatron_model(chunks, outs["megatron"])
+        found = {"adapters": len(before), "reported": saved.adapters, "kept_by_hf": kept()}
+        lose_the_base()
+        bridge.load_megatron_model(chunks, outs["megatron"])
+        found["kept_by_megatron"] = kept()
+        bridge.save_hf_pretrained(chunks, outs["hf"])
+        dist_checkpointing.save(sharded(chunks, pg), outs["everything"])
+        dist.barrier()
+        try:
+            bridge.load_megatron_model(chunks, outs["everything"])
+            found["refused"] = ""
+        except BridgeError as error:
+            found["refused"] = str(error)
+        lose_the_base()
+        bridge.load_megatron_model(chunks, outs["everything"], ignore=["*.adapter.*"])
+        found["kept_beside_others"] = kept()
+        found["whole"] = not any(p.isnan().any() for p in chunk.parameters())
+        return found
+
+
+def refusals(path: str, other: str, layout: dict[str, Any], out: str) -> list[tuple[str, list[str]]]:
+    """Bad input to the export of a live model, and to a load: each error's text, and the warnings before it."""
+    import warnings
+
+    from bridge_core import AutoBridge
+    from bridge_core.errors import BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_peft import load_hf_adapter, save_hf_adapter
+
+    found = []
+    with host_backend():
+        bridge, _, chunks = adapted(path, layout, {"r": 4})
+        calls = (
+            lambda: save_hf_adapter(chunks, out, bridge, target="tgi"),
+            lambda: save_hf_adapter(chunks, out, bridge, dtype="int8"),
+            lambda: save_hf_adapter(chunks, out, bridge, adapter_name="other"),
+            lambda: save_hf_adapter(chunks, out, AutoBridge.from_hf_pretrained(other)),
+            lambda: save_hf_adapter(
+                chunks, out, bridge, exclude_adapter_base_prefix=["mpt.", "decoder."], bucket_bytes=1
+            ),
+            lambda: load_hf_adapter(chunks, f"{out}/nowhere", bridge, adapter_name="second"),
+        )
+        for call in calls:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    call()
+                    text = ""
+                except BridgeError as error:
+                    text = str(error)
+            found.append((text, [str(entry.message) for entry in caught if "adapted layer" in str(entry.message)]))
+    return found
 
 
 def merged(path: str, layout: dict[str, Any], lora: dict[str, Any], out: str):

@@ -18,10 +18,13 @@ def tokens():
 
 def base(path: str | Path):
     """The transformers model of a folder, in float32."""
+    import json
+
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    (name,) = json.loads((Path(path) / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(path, dtype=torch.float32).eval()
 
 
 def peft_logits(path: str | Path, adapter: str | Path):

@@ -14,28 +14,22 @@ def freeze(chunks) -> None:
         chunk.requires_grad_(False)
 
 
-def start(case: Case) -> dict[str, Any]:
-    """Logits before and after adapters are put on, the report, and what is trained."""
-    import torch
-
-    from bridge_core.runtime.host import host_backend
+def started(chunks, case: Case, pg) -> dict[str, Any]:
+    """Put adapters on: logits before and after, the report, and what is trained."""
     from bridge_peft import LoraConfig, apply_lora
 
-    with host_backend(), torch.no_grad():
-        pg, chunks = make(case)
-        freeze(chunks)
-        before = whole(logits_of(chunks[0]), pg)
-        report = apply_lora(chunks, LoraConfig(**case.lora), pg)
-        after = whole(logits_of(chunks[0]), pg)
-        named = dict(chunks[0].named_parameters())
-        return {
-            "before": before,
-            "after": after,
-            "report": report,
-            "trained": sorted(name for name, value in named.items() if value.requires_grad),
-            "shapes": {name: tuple(value.shape) for name, value in named.items() if ".adapter." in name},
-            "text": str(report),
-        }
+    freeze(chunks)
+    before = whole(logits_of(chunks[0]), pg)
+    report = apply_lora(chunks, LoraConfig(**case.lora), pg)
+    named = dict(chunks[0].named_parameters())
+    return {
+        "before": before,
+        "after": whole(logits_of(chunks[0]), pg),
+        "report": report,
+        "trained": sorted(name for name, value in named.items() if value.requires_grad),
+        "shapes": {name: tuple(value.shape) for name, value in named.items() if ".adapter." in name},
+        "text": str(report),
+    }
 
 
 def initial(case: Case) -> list[Any]:
@@ -48,7 +42,8 @@ def initial(case: Case) -> list[Any]:
 
 
 def merging(case: Case) -> dict[str, Any]:
-    """Logits with adapters, merged, unmerged, disabled; merged weights as stream; all weights before and after."""
+    """`started`, then logits with stirred adapters, merged, unmerged, disabled; merged weights as a stream; all weights
+    before and after."""
     import torch
 
     from bridge_core.runtime.host import host_backend
@@ -56,14 +51,10 @@ def merging(case: Case) -> dict[str, Any]:
 
     with host_backend(), torch.no_grad():
         pg, chunks = make(case)
-        freeze(chunks)
-        base = whole(logits_of(chunks[0]), pg)
-        from bridge_peft import LoraConfig, apply_lora
-
-        apply_lora(chunks, LoraConfig(**case.lora), pg)
+        result = started(chunks, case, pg)
         stir(chunks)
         weights = {n: p.detach().clone() for n, p in chunks[0].named_parameters()}
-        result: dict[str, Any] = {"base": base, "adapted": whole(logits_of(chunks[0]), pg), "weights": weights}
+        result |= {"adapted": whole(logits_of(chunks[0]), pg), "weights": weights}
         disable_adapters(chunks)
         result["disabled"] = whole(logits_of(chunks[0]), pg)
         enable_adapters(chunks)
@@ -216,7 +207,7 @@ def dropped(case: Case) -> dict[str, Any]:
         return {"training": training, "evaluation": [logits_of(chunk) for _ in range(2)]}
 
 
-def refused(case: Case, *, wrap: bool = False, twice: bool = False, name: str = "default") -> Any:
+def refused(case: Case, *, wrap: bool = False, first: dict[str, Any] | None = None, name: str = "default") -> Any:
     """The error of `apply_lora`, and whether the model is as it was."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -230,13 +221,13 @@ def refused(case: Case, *, wrap: bool = False, twice: bool = False, name: str = 
         model: Any = chunks
         if wrap:
             model = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk, pg_collection=pg)
-        if twice:
-            apply_lora(model, LoraConfig(), pg)
+        if first is not None:
+            apply_lora(model, LoraConfig(**first), pg)
         keys = list(chunk.state_dict())
         try:
             apply_lora(model, LoraConfig(**case.lora), pg, adapter_name=name)
         except BridgeError as error:
-            trained = all(p.requires_grad for p in chunk.parameters()) or twice
+            trained = all(p.requires_grad for p in chunk.parameters()) or first is not None
             return error, list(chunk.state_dict()) == keys and trained
         return None, False
 

@@ -29,11 +29,11 @@ def quantising(case: Case):
 
 
 def quantise(chunks, form: str) -> None:
-    """Fake-quantise in place, calibrated on one sequence. form: "INT8" or "FP8"."""
+    """Fake-quantise in place, calibrated on one sequence. form: "INT8", "FP8", "INT8_SMOOTHQUANT"."""
     import modelopt.torch.quantization as mtq
     import torch
 
-    config = getattr(mtq, f"{form}_DEFAULT_CFG")
+    config = getattr(mtq, f"{form}_CFG" if "SMOOTH" in form else f"{form}_DEFAULT_CFG")
 
     def calibrate(model):
         with torch.no_grad():
@@ -172,6 +172,58 @@ def restored(case: Case, form: str, folder: str, *, adapter_first: bool) -> dict
         state: Any = dist_checkpointing.load(chunks[0].sharded_state_dict(metadata=metadata), folder)
         chunks[0].load_state_dict(state, strict=True)
         return {"before": losses, "expected": expected, "found": [step(chunks, pg) for _ in range(2)]}
+
+
+def taken_out(case: Case, form: str) -> dict[str, Any]:
+    """A method that takes a part out of quantised weights: each weight before and after, its factors and ranges."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from bridge_core.testing.mcore_jobs import load, sharded
+    from bridge_peft.layers.attach import adapters_of
+    from bridge_peft.layers.weights import input_scale
+
+    with quantising(case), torch.no_grad():
+        pg, chunks = make(case)
+        if case.load is not None:
+            load(chunks, pg, case.load)
+        if case.save is not None:
+            dist_checkpointing.save(sharded(chunks, pg), case.save)
+        exact = whole(logits_of(chunks[0]), pg)
+        quantise(chunks, form)
+        rough = whole(logits_of(chunks[0]), pg)
+        before = {name: value.detach().clone() for name, value in chunks[0].named_parameters()}
+        lora(chunks, pg, case.lora)
+        weights = {}
+        for path, adapters in adapters_of(chunks[0]):
+            scale = input_scale(adapters.site)
+            update = adapters["default"].update()
+            weights[path] = {
+                "before": before[f"{path}.weight"],
+                "after": adapters.site.weights()[0].detach().clone(),
+                "product": update if scale is None else update / scale,
+                "scaled": scale is not None,
+                "range": adapters.site.module.weight_quantizer.amax.clone(),
+            }
+        return {"weights": weights, "exact": exact, "rough": rough, "better": whole(logits_of(chunks[0]), pg)}
+
+
+def refused(case: Case, form: str | None) -> str:
+    """The error of `apply_lora` on a model that is quantised, or is not."""
+    from bridge_core.errors import BridgeError
+
+    with quantising(case):
+        pg, chunks = make(case)
+        if form is not None:
+            quantise(chunks, form)
+        before = {name: value.detach().clone() for name, value in chunks[0].named_parameters()}
+        try:
+            lora(chunks, pg, case.lora)
+        except BridgeError as error:
+            after = dict(chunks[0].named_parameters())
+            same = before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+            return str(error) if same else "the model was changed"
+        return ""
 
 
 def merged(case: Case, form: str) -> dict[str, Any]:

@@ -8,10 +8,14 @@ pytest.importorskip("megatron.core")
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from convert_jobs import base_round_trip, export, merged  # noqa: E402 - after the skips
+from convert_jobs import base_round_trip, export, merged, refusals  # noqa: E402 - after the skips
 from hf_cases import LORA, base, peft_logits, tensors, tokens, whole  # noqa: E402
 
+from bridge_core import AutoBridge  # noqa: E402
+from bridge_core.errors import CoverageError  # noqa: E402
 from bridge_core.testing.hf_models import make_model, save_model  # noqa: E402
+from bridge_peft import export_adapter_ckpt  # noqa: E402
+from bridge_peft.converting.run_config import ByHand  # noqa: E402
 
 LAYOUTS = {
     "1": ({}, 1),
@@ -119,7 +123,7 @@ def test_variants_of_a_dense_model(exports, models, variant):
 
 
 EXPERT_VARIANTS = {
-    "canonical": {"variant": "canonical"},
+    "canonical": {"variant": "canonical", "use_rslora": True},
     "shared": {"expert_adapters": "shared"},
     "shared outer": {"expert_adapters": "shared_outer"},
     "rslora": {"use_rslora": True},
@@ -178,11 +182,50 @@ def test_merged_weights_are_those_of_merge_and_unload(rank_pool, exports, models
 
 
 def test_the_base_of_an_adapted_model_loads_and_saves(rank_pool, models, tmp_path):
+    """bridge-core sees the base alone; a checkpoint with both is exported when told what to leave out."""
     path = models("qwen3_moe")
     sizes, ranks = LAYOUTS["tp2-ep2"]
-    stayed = rank_pool.run(base_round_trip, str(path), sizes, LORA, str(tmp_path / "base"), ranks=range(ranks))
-    assert all(stayed)
-    assert (tmp_path / "base" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    outs = {kind: str(tmp_path / kind) for kind in ("hf", "megatron", "everything")}
+    (tmp_path / "everything").mkdir()
+    for found in rank_pool.run(base_round_trip, str(path), sizes, LORA, outs, ranks=range(ranks)):
+        assert found["reported"] == found["adapters"] > 0
+        assert found["kept_by_hf"]
+        assert found["kept_by_megatron"]
+        assert found["kept_beside_others"]
+        assert found["whole"]
+        assert "*.adapter.*" in found["refused"]
+    bridge = AutoBridge.from_hf_pretrained(path)
+    bridge.export_ckpt(outs["megatron"], tmp_path / "again")
+    with pytest.raises(CoverageError, match=r"(?s)holds adapters.*bridge-peft export"):
+        bridge.export_ckpt(outs["everything"], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    told = bridge.export_ckpt(outs["everything"], tmp_path / "told", ignore=["*.adapter.*"])
+    assert any(".adapter.default." in key and "left out" in reason for key, reason in told.ignored.items())
+    for folder in ("hf", "again", "told"):
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    export_adapter_ckpt(outs["everything"], tmp_path / "adapter", path, by_hand=ByHand(r=4, alpha=8))
+    live = tensors(exported(rank_pool, path, "1", tmp_path / "live"))
+    ours = tensors(tmp_path / "adapter")
+    assert ours.keys() == live.keys()
+    assert all(torch.equal(value, live[key]) for key, value in ours.items())
+
+
+def exported(rank_pool, path, layout, out):
+    """The adapter of a live model, written for PEFT."""
+    sizes, ranks = LAYOUTS[layout]
+    rank_pool.run(export, str(path), sizes, LORA, {"peft": str(out)}, tokens(), ranks=range(ranks))
+    return out
+
+
+def test_bad_input_is_told_on_every_rank(rank_pool, models, tmp_path):
+    other = save_model(make_model("qwen3", hidden_size=32), tmp_path / "other")
+    out = tmp_path / "out"
+    both = rank_pool.run(refusals, str(models("qwen3")), str(other), {"tp": 2}, str(out), ranks=[0, 1])
+    words = ["peft-target-parameters", "bf16", "adapter 'other'", "another shape", "beside those", "nowhere"]
+    for found in both:
+        for (text, _), word in zip(found, words, strict=True):
+            assert word in text
+    assert not out.exists()
 
 
 def test_shapes_that_servers_expect(exports):

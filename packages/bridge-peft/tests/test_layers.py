@@ -45,9 +45,22 @@ def case_of(model, variant):
     return Case(case.fields, case.layout, VARIANTS[variant], case.spec)
 
 
+@pytest.fixture(scope="module")
+def looked_at(rank_pool):
+    """What a model said when it was adapted, merged and unmerged: each once."""
+    made = {}
+
+    def look(case):
+        if str(case) not in made:
+            (made[str(case)],) = rank_pool.run(layer_jobs.merging, case, ranks=[0])
+        return made[str(case)]
+
+    return look
+
+
 @pytest.mark.parametrize(("model", "variant"), CASES)
-def test_the_output_is_the_same_at_the_start(rank_pool, model, variant):
-    (found,) = rank_pool.run(layer_jobs.start, case_of(model, variant), ranks=[0])
+def test_the_output_is_the_same_at_the_start(looked_at, model, variant):
+    found = looked_at(case_of(model, variant))
     assert found["before"].std() > 0.1
     torch.testing.assert_close(found["after"], found["before"], rtol=0, atol=0)
     assert found["trained"] == sorted(found["shapes"])
@@ -57,8 +70,8 @@ def test_the_output_is_the_same_at_the_start(rank_pool, model, variant):
         assert entry.name in found["text"]
 
 
-def test_defaults_adapt_every_linear_layer_but_the_output_layer(rank_pool):
-    (found,) = rank_pool.run(layer_jobs.start, Case(MOE, lora={}), ranks=[0])
+def test_defaults_adapt_every_linear_layer_but_the_output_layer(looked_at):
+    found = looked_at(Case(MOE, lora={}))
     per_layer = ["self_attention.linear_proj", "self_attention.linear_qkv", "mlp.experts.linear_fc1"]
     per_layer += ["mlp.experts.linear_fc2", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
     expected = {f"decoder.layers.{layer}.{name}" for layer in (0, 1) for name in per_layer}
@@ -67,18 +80,15 @@ def test_defaults_adapt_every_linear_layer_but_the_output_layer(rank_pool):
 
 
 @pytest.mark.parametrize(
-    ("mode", "shapes"),
+    ("variant", "shapes"),
     [
-        ("each", ((4, 4, 64), (4, 96, 4), (4, 4, 48), (4, 64, 4))),
+        ("lora", ((4, 4, 64), (4, 96, 4), (4, 4, 48), (4, 64, 4))),
         ("shared", ((4, 64), (96, 4), (4, 48), (64, 4))),
-        ("shared_outer", ((4, 64), (4, 96, 4), (4, 4, 48), (64, 4))),
+        ("outer", ((4, 64), (4, 96, 4), (4, 4, 48), (64, 4))),
     ],
 )
-def test_shapes_of_the_factors_of_grouped_experts(rank_pool, mode, shapes):
-    case = Case(
-        MOE, lora={"r": 4, "expert_adapters": mode, "target_modules": ["experts.linear_fc1", "experts.linear_fc2"]}
-    )
-    (found,) = rank_pool.run(layer_jobs.start, case, ranks=[0])
+def test_shapes_of_the_factors_of_grouped_experts(looked_at, variant, shapes):
+    found = looked_at(case_of("moe", variant))
     names = [
         f"decoder.layers.0.mlp.experts.{fc}.adapter.default.{f}"
         for fc in ("linear_fc1", "linear_fc2")
@@ -88,10 +98,10 @@ def test_shapes_of_the_factors_of_grouped_experts(rank_pool, mode, shapes):
 
 
 @pytest.mark.parametrize(("model", "variant"), CASES)
-def test_merged_weights_are_the_sum_and_unmerging_is_exact(rank_pool, model, variant):
-    (found,) = rank_pool.run(layer_jobs.merging, case_of(model, variant), ranks=[0])
-    assert (found["adapted"] - found["base"]).abs().max() > 1e-2
-    torch.testing.assert_close(found["disabled"], found["base"], rtol=0, atol=0)
+def test_merged_weights_are_the_sum_and_unmerging_is_exact(looked_at, model, variant):
+    found = looked_at(case_of(model, variant))
+    assert (found["adapted"] - found["before"]).abs().max() > 1e-2
+    torch.testing.assert_close(found["disabled"], found["before"], rtol=0, atol=0)
     torch.testing.assert_close(found["unmerged"], found["adapted"], rtol=0, atol=0)
     assert found["restored"]
     assert found["untouched"]
@@ -136,8 +146,11 @@ def test_named_adapters_are_switched_and_deleted(rank_pool, model):
             assert (one - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("singleton", [False, True], ids=["stacked", "singleton"])
-@pytest.mark.parametrize("variant", ["lora", "shared", "outer", "dora"])
+@pytest.mark.parametrize(
+    ("variant", "singleton"),
+    [("dora", False), ("shared", False), ("outer", False), ("dora", True), ("outer", True)],
+    ids=lambda value: {False: "stacked", True: "singleton"}.get(value, value),
+)
 def test_grouped_and_sequential_experts_load_each_others_checkpoints(rank_pool, tmp_path, variant, singleton):
     """And a checkpoint saved on four ranks is loaded by one, without a bit changed."""
     metadata = {"singleton_local_shards": singleton}
@@ -286,6 +299,20 @@ def test_a_pattern_may_fit_on_another_pipeline_stage_only(rank_pool):
     assert second[1] == [f"decoder.layers.0.mlp.linear_fc1.adapter.default.{f}" for f in ("lora_A", "lora_B")]
 
 
+def test_what_one_stage_refuses_all_refuse(rank_pool):
+    """Only the last stage has a layer with an adapter of that name."""
+    first = {"target_modules": ["layers.1.mlp.linear_fc1"]}
+    case = Case(DENSE, {"pp": 2}, {})
+    (error, same), (other, same_there) = rank_pool.run(layer_jobs.refused, case, first=first, ranks=[0, 1])
+    assert "another pipeline stage cannot be adapted" in str(error)
+    assert "stage 1" in str(error)
+    for each in (error, other):
+        assert "decoder.layers.1.mlp.linear_fc1" in str(each)
+        assert "adapter of this name already" in str(each)
+    assert same
+    assert same_there
+
+
 REFUSED = {
     "nothing-matches": ({"target_modules": ["linear_gkv"]}, ["linear_gkv", "linear_qkv", "fits no module"]),
     "one-of-two": ({"target_modules": ["linear_qkv", "dense_h_to_4h"]}, ["dense_h_to_4h"]),
@@ -309,7 +336,7 @@ def test_patterns_that_fit_nothing_are_refused(rank_pool, name):
     ("options", "fields", "words"),
     [
         ({"wrap": True}, {}, ["before DDP", "DistributedDataParallel"]),
-        ({"twice": True}, {}, ["adapter of this name already", "'default'"]),
+        ({"first": {}}, {}, ["adapter of this name already", "'default'"]),
         ({"name": "my.adapter"}, {}, ["cannot have this name", "'my.adapter'"]),
     ],
     ids=["wrapped", "twice", "name"],

@@ -1,6 +1,8 @@
 """Offline conversion: Megatron-Bridge's checkpoints, excluded layers, bad input, the command line."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -102,11 +104,12 @@ def test_checkpoints_of_megatron_bridge(dense, tmp_path, kind):
     assert report.read == sum(value.nbytes for key, value in values.items() if not key.startswith("optimizer"))
 
 
-@pytest.mark.parametrize("lead", [(LAYERS, 8), (LAYERS,)])
-def test_experts_of_megatron_bridge(moe, tmp_path, lead):
-    """With an expert dim, or one adapter for all experts; with r divided by how many experts a token is sent to."""
-    values = lora("mlp.experts.experts.linear_fc1", 64, HIDDEN, lead, 2) | lora()
-    section = {"dim": R, "alpha": 8, "normalize_moe_lora": "true"}
+@pytest.mark.parametrize(("lead", "dim", "r"), [((LAYERS, 8), 4, 2), ((LAYERS,), 4, 2), ((LAYERS, 8), 6, 4)])
+def test_experts_of_megatron_bridge(moe, tmp_path, lead, dim, r):
+    """With an expert dim, or one adapter for all experts; with r divided by how many experts a token is sent to,
+    perhaps filled up to a multiple of the ranks that cut it."""
+    values = lora("mlp.experts.experts.linear_fc1", 64, HIDDEN, lead, r) | lora(r=dim)
+    section = {"dim": dim, "alpha": 8, "normalize_moe_lora": "true"}
     run = theirs(tmp_path / "run", "lora.LoRA", values, section=section)
     export_adapter_ckpt(run / "iter_0000012", tmp_path / "hf", moe, target="vllm")
     found = tensors(tmp_path / "hf")
@@ -117,7 +120,7 @@ def test_experts_of_megatron_bridge(moe, tmp_path, lead):
     assert torch.equal(found[f"{name}.up_proj.lora_B.weight"], b[32:])
     config = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
     ranks = {config["r"], *config["rank_pattern"].values()}
-    assert ranks == {R, 2}
+    assert ranks == {dim, r}
 
 
 def test_excluded_layers_are_not_looked_up(dense, tmp_path):
@@ -310,6 +313,32 @@ def test_the_command_line(dense, adapter, tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(run), str(hf), "--target", "tgi"])
+
+
+def test_a_file_that_cannot_be_read_is_told_without_a_traceback(ours, tmp_path, monkeypatch, capsys):
+    def unreadable(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("bridge_peft.converting.offline.find_checkpoint", unreadable)
+    assert main(["export", str(ours), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "bridge-peft: a file could not be read or written" in said
+    assert "Permission denied" in said
+    assert str(ours) in said
+
+
+def test_an_adapter_of_a_changed_base_comes_with_a_warning(dense, ours, tmp_path):
+    """pissa and its like take a part out of the base: the adapter is none for the model that they started from."""
+    file = ours / "iter_0000000" / "run_config.yaml"
+    config = json.loads(file.read_text())
+    for settings in config["bridge_peft"]["adapters"]["default"].values():
+        assert settings["changes_base"] is False
+        settings["changes_base"] = True
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="taken out of the base weights"):
+        export_adapter_ckpt(ours, tmp_path / "hf")
+    with pytest.warns(UserWarning, match="taken out of the base weights"):
+        merge_hf(dense, ours, tmp_path / "merged")
 
 
 def test_import_needs_to_know_the_model(adapter, tmp_path):

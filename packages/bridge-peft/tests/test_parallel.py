@@ -16,6 +16,7 @@ LAYOUTS = {
     "ep2": ({"dp": 2, "ep": 2}, 2),
     "etp2": ({"tp": 2, "etp": 2}, 2),
     "tp2-ep2-etp1": ({"tp": 2, "ep": 2, "etp": 1}, 2),
+    "tp2-sp-ep2-etp1": ({"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True}, 2),
     "tp2-dp2-ep2-etp2": ({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, 4),
     "tp2-dp2-ep4-etp1": ({"tp": 2, "dp": 2, "ep": 4, "etp": 1}, 4),
 }
@@ -33,6 +34,10 @@ MODELS = {
     "moe-canonical": (MOE, {"r": 4, "variant": "canonical"}),
     "moe-shared": (MOE, {"r": 4, "expert_adapters": "shared"}),
     "moe-outer": (MOE, {"r": 4, "expert_adapters": "shared_outer"}),
+    "moe-overlap": (
+        MOE | {"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "alltoall"},
+        {"r": 4, "lora_alpha": 8},
+    ),
     "sequential": (MOE | {"moe_grouped_gemm": False}, {"r": 4, "lora_alpha": 8}),
     "sequential-shared": (MOE | {"moe_grouped_gemm": False}, {"r": 4, "expert_adapters": "shared"}),
     "sequential-outer": (MOE | {"moe_grouped_gemm": False}, {"r": 4, "expert_adapters": "shared_outer"}),
@@ -41,7 +46,9 @@ DENSE_LAYOUTS = ("tp2", "tp2-sp", "dp2")
 EXPERT_LAYOUTS = ("ep2", "etp2", "tp2-ep2-etp1", "tp2-dp2-ep2-etp2")
 CASES = [(name, layout) for name in ("dense", "dense-dora", "canonical") for layout in DENSE_LAYOUTS]
 CASES += [("dense-all", "tp2"), ("dense-all", "tp2-sp"), ("biased-dora", "tp2"), ("biased-dora", "tp2-sp")]
-CASES += [(name, layout) for name in ("moe", "moe-shared", "moe-outer", "sequential") for layout in EXPERT_LAYOUTS]
+CASES += [("moe", layout) for layout in EXPERT_LAYOUTS]
+CASES += [(name, layout) for name in ("moe-shared", "moe-outer", "sequential") for layout in EXPERT_LAYOUTS[1:]]
+CASES += [(name, "tp2-sp-ep2-etp1") for name in ("moe", "moe-outer", "moe-overlap")] + [("moe-overlap", "tp2-ep2-etp1")]
 CASES += [("moe-dora", "etp2"), ("moe-canonical", "tp2-dp2-ep2-etp2"), ("moe", "tp2-dp2-ep4-etp1")]
 CASES += [("sequential-shared", "tp2-ep2-etp1"), ("sequential-outer", "tp2-dp2-ep2-etp2")]
 

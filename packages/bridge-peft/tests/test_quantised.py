@@ -67,6 +67,55 @@ def test_svdquant_without_a_quantizer_is_zeros_and_one_warning(rank_pool):
     torch.testing.assert_close(found["better"], found["exact"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("form", "fields"), [("INT8_SMOOTHQUANT", DENSE), ("FP8", MOE)], ids=["smoothed", "moe"])
+def test_svdquant_weight_takes_what_modelopts_svdquant_takes(rank_pool, form, fields):
+    """The leading part of each (smoothed) weight, by ModelOpt's own decomposition; the rest has its own ranges."""
+    from modelopt.torch.quantization.model_calib import svd
+
+    lora = SVD | {"lora_init_method": "svdquant_weight"}
+    (found,) = rank_pool.run(quant_jobs.taken_out, Case(fields, lora=lora, spec="local"), form, ranks=[0])
+    assert len(found["weights"]) == (8 if fields is DENSE else 2 * (2 + 2 + 2 * 4))
+    for entry in found["weights"].values():
+        us, vt = svd(entry["before"], RANK)
+        torch.testing.assert_close(entry["product"], us @ vt, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(entry["after"], entry["before"] - entry["product"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(entry["range"].flatten(), ranges(entry["after"], entry["range"]))
+        assert entry["scaled"] == ("SMOOTH" in form)
+    error = [(found[name] - found["exact"]).norm() for name in ("better", "rough")]
+    assert error[0] < error[1]
+
+
+def ranges(weight, like):
+    return weight.abs().max().view(1) if like.numel() == 1 else weight.abs().amax(dim=1)
+
+
+@pytest.mark.parametrize("form", ["INT8", "FP8"])
+def test_svdquant_weight_has_the_ranges_of_one_rank_on_two(rank_pool, tmp_path, form):
+    lora = SVD | {"lora_init_method": "svdquant_weight"}
+    (one,) = rank_pool.run(
+        quant_jobs.taken_out, Case(DENSE, lora=lora, spec="local", save=str(tmp_path)), form, ranks=[0]
+    )
+    case = Case(DENSE, {"tp": 2}, lora, spec="local", load=str(tmp_path))
+    two = rank_pool.run(quant_jobs.taken_out, case, form, ranks=[0, 1])
+    for path, entry in one["weights"].items():
+        shares = [answer["weights"][path]["range"] for answer in two]
+        row = path.endswith(("linear_proj", "linear_fc2"))
+        if form == "FP8" or row:  # a range of the whole, or of rows that ranks hold in parts
+            for share in shares:
+                torch.testing.assert_close(share, entry["range"])
+        else:
+            assert sorted(torch.cat(shares).flatten().tolist()) == pytest.approx(
+                sorted(entry["range"].flatten().tolist())
+            )
+
+
+@pytest.mark.parametrize(("method", "form"), [("svdquant_weight", None), ("pissa", "INT8"), ("olora", "INT8")])
+def test_methods_say_whether_they_want_a_quantised_base(rank_pool, method, form):
+    case = Case(DENSE, lora={"r": RANK, "lora_init_method": method}, spec="local")
+    (text,) = rank_pool.run(quant_jobs.refused, case, form, ranks=[0])
+    assert ("quantise the model first" if form is None else "svdquant_weight") in text
+
+
 @pytest.mark.parametrize("adapter_first", [False, True])
 @pytest.mark.parametrize(("case", "form"), [(LOCAL_DENSE, "INT8"), (LOCAL_MOE, "FP8")], ids=["dense", "moe"])
 def test_saved_and_restored_with_modelopts_state(rank_pool, tmp_path, case, form, adapter_first):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
-from bridge_core.codecs import Fp8Blocks, codec_of
+from bridge_core.codecs import codec_of
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Family, Fields, all_families, family_for
-from bridge_core.plan import Plan
+from bridge_core.plan import Plan, check_ignored
 from bridge_core.topology import ParallelLayout
 
 if TYPE_CHECKING:
@@ -55,12 +56,10 @@ class AutoBridge:
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
         self.codec = codec_of(self.config)
-        folder = self._weights() if self.family.unsaid_mtp else None
-        self.fields: Fields = self.family.without(
-            self.family.to_megatron(self.config, ignore=ignore_options),
-            self.ignore,
-            folder.tensors if folder else None,
-        )
+        whole = self.family.to_megatron(self.config, ignore=ignore_options)
+        folder = self._weights if self.family.unsaid_mtp or ignore else None
+        check_ignored(self.family, whole, self.ignore, folder.tensors if folder else ())
+        self.fields: Fields = self.family.without(whole, self.ignore, folder.tensors if folder else None)
 
     @classmethod
     def from_hf_pretrained(
@@ -115,7 +114,7 @@ class AutoBridge:
         Raises:
             LayoutError: the layout does not divide the model; says the numbers.
         """
-        folder = self._weights()
+        folder = self._weights
         dtypes = {name: tensor.dtype for name, tensor in folder.tensors.items()} if folder else {}
         return Plan(
             self.family,
@@ -135,7 +134,9 @@ class AutoBridge:
         """The model's dtype as config.json has it, by its safetensors name; BF16 if it says none."""
         return dtype_of(str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")).name
 
+    @cached_property
     def _weights(self) -> HfFolder | None:
+        """The bridge's own folder, if it holds weights; its headers are read once."""
         if self.path is None or not any(self.path.glob("*.safetensors")):
             return None
         return open_hf(self.path)
@@ -160,7 +161,7 @@ class AutoBridge:
         from bridge_core.checkpoint import convert
 
         run, rest = _split(options)
-        source = self.path if self._weights() else None
+        source = self.path if self._weights else None
         given: dict[str, Any] = {"source": source, "ignore": self.ignore}
         if source is None:
             given["hf_config"] = self.config
@@ -195,7 +196,7 @@ class AutoBridge:
 
         given = {
             "config": self.config,
-            "source": self.path if self._weights() else None,
+            "source": self.path if self._weights else None,
             "ignore": self.ignore,
         }
         return save_hf_pretrained(model, path, self.family, self.fields, **(given | options))
@@ -222,7 +223,8 @@ class AutoBridge:
     def stream(self, model: Any, *, groups: Any = None, fp8: bool = False, **options: Any) -> Stream:
         """The export of a live model, planned once for many passes. See `runtime.stream.Stream`.
 
-        With `fp8`, the weights that the family's fp8 checkpoints quantise are yielded so, each followed by its scales.
+        With `fp8`, the weights that are quantised in the bridge's own folder, or in the family's fp8 checkpoints, are
+        yielded so, each followed by its scales.
         """
         from bridge_core.checkpoint.workers import jointly
         from bridge_core.runtime.load import default_group
@@ -230,7 +232,7 @@ class AutoBridge:
         from bridge_core.runtime.workers import TorchWorkers
 
         workers = TorchWorkers(options.get("group") or default_group())
-        return Stream(jointly(workers, lambda: self._live(model, groups, Fp8Blocks() if fp8 else None)), **options)
+        return Stream(jointly(workers, lambda: self._live(model, groups, fp8=fp8)), **options)
 
     def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """Every HF tensor of a live model as (name, tensor), in one order on all ranks. Collective, lazy.
@@ -270,10 +272,11 @@ class AutoBridge:
 
         return WeightSource(self.stream(model, **options), cpu=cpu)
 
-    def _live(self, model: Any, groups: Any, codec: Fp8Blocks | None = None) -> LiveModel:
+    def _live(self, model: Any, groups: Any, *, fp8: bool = False) -> LiveModel:
+        from bridge_core.checkpoint.convert import codec_options
         from bridge_core.runtime.live import open_live
 
-        folder = self._weights()
+        folder = self._weights
         return open_live(
             model,
             self.family,
@@ -281,7 +284,7 @@ class AutoBridge:
             groups=groups,
             inventory=folder.shapes if folder else None,  # names are those of the bridge's own folder
             ignore=self.ignore,
-            codec=codec,
+            **codec_options(fp8, folder),
         )
 
     def _folder(self, path: str | Path | None) -> Path:

@@ -30,6 +30,8 @@ def round_trip(
             tensors = {name: tensor.clone() for name, tensor in stream}
             collectives = stream.collectives
             again = [name for name, _ in stream]
+            parts = {shard.name for shard in bridge.iter_local_shards(chunks)}
+            assert parts >= {entry.key for entry in bridge.m2n_entries(chunks)}
         assert not reads, reads
         with torch.no_grad():
             logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
@@ -45,6 +47,7 @@ def round_trip(
         "buckets": len(stream._buckets),
         "logits": logits,
         "tp": pg.tp.rank(),
+        "parts": parts,
         "held": sum(tensor.numel() * tensor.element_size() for tensor in live.tensors.values()),
         "padding": sum(box.numel * 4 for shard in live.shards for box in shard.pad),
     }
@@ -88,7 +91,7 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
     import torch.distributed as dist
 
     from bridge_core import AutoBridge, BridgeError
-    from bridge_core.runtime import load, save
+    from bridge_core.runtime import load, node_load, save
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mcore_jobs import build
 
@@ -99,13 +102,22 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
     with host_backend():
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
-        originals = load.gather, save.SharedFiles._write
+        places = {
+            "load": [(load, "gather")],
+            "load, room": [(node_load, "staging")],
+            "save": [(save.SharedFiles, "_write")],
+            "save, room": [(save, "staging")],
+        }.get(step, [])
+        originals = [(where, name, getattr(where, name)) for where, name in places]
         if dist.get_rank() == 1:
-            load.gather, save.SharedFiles._write = broken, broken
+            for where, name in places:
+                setattr(where, name, broken)
         try:
-            if step == "load":
+            if step == "load, room":
+                bridge.load_hf_weights(chunks, one_reader_per_node=True, node_group=dist.group.WORLD)
+            elif step == "load":
                 bridge.load_hf_weights(chunks)
-            elif step == "save":
+            elif step.startswith("save"):
                 bridge.save_hf_pretrained(chunks, out)
             else:
                 for number, (_, tensor) in enumerate(bridge.export_hf_weights(chunks, bucket_bytes=20_000)):
@@ -117,7 +129,8 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
         except (BridgeError, MemoryError) as error:
             return str(error)
         finally:
-            load.gather, save.SharedFiles._write = originals
+            for where, name, original in originals:
+                setattr(where, name, original)
     return "no error"
 
 

@@ -91,6 +91,7 @@ def check_steps(results, folder, logits, layout, *, ignore=()):
         # Streamed: one order, twice, in as many collectives as there are buckets.
         assert result["order"] == result["again"] == [meta.name for meta in results[0]["metadata"]]
         assert result["collectives"] == 2 * result["buckets"] + 1
+        assert result["parts"] <= set(result["order"])
         assert result["buckets"] <= total // 30_000 + 2
     compare_stream(results, folder, ignore)
     if layout not in NO_FORWARD:
@@ -135,7 +136,14 @@ def test_another_model_is_refused_before_a_byte_is_copied(rank_pool, models, cha
 
 
 @pytest.mark.parametrize(
-    ("step", "words"), [("load", "no memory left"), ("save", "no memory left"), ("stream", "left the stream")]
+    ("step", "words"),
+    [
+        ("load", "no memory left"),
+        ("load, room", "no memory left"),
+        ("save", "no memory left"),
+        ("save, room", "no memory left"),
+        ("stream", "left the stream"),
+    ],
 )
 def test_one_failing_rank_is_heard_by_all(rank_pool, models, tmp_path, step, words):
     folder, _ = models("qwen3")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.errors import ConfigError, preview
+from bridge_core.errors import BridgeError, ConfigError, preview
 from bridge_core.extras import require
-from bridge_peft.config import LoraConfig
+from bridge_peft.config import CHANGES_BASE, LoraConfig
 from bridge_peft.dtypes import torch_dtype
 from bridge_peft.targets import check_used, match
 
@@ -81,8 +81,8 @@ def apply_lora(model: Any, config: LoraConfig, groups: Any = None, *, adapter_na
         adapter_name: letters, digits, `_` and `-`.
 
     Raises:
-        ConfigError: a pattern fits nothing, the name is taken, the model is wrapped already, or a layer is of
-            a form that the configuration does not go with.
+        ConfigError: a pattern fits nothing, the name is taken, the model is wrapped already, or a layer of any
+            stage is of a form that the configuration does not go with.
         LayoutError: a layer does not divide by the ranks that cut it.
     """
     require("megatron.core", extra="mcore", package="bridge-peft")
@@ -99,8 +99,12 @@ def apply_lora(model: Any, config: LoraConfig, groups: Any = None, *, adapter_na
     used, names = _agreed(groups, matches.used, [site.name for _, site in found])
     check_used(config, used, names)
     meant = [(chunk, site) for chunk, site in found if site.name in matches.parts]
-    for _, site in meant:
-        _check_site(site, config, matches.parts[site.name], adapter_name)
+
+    def check() -> None:
+        for _, site in meant:
+            _check_site(site, config, matches.parts[site.name], adapter_name)
+
+    _together(groups, check)
     _add(meant, matches.parts, config, adapter_name)
     for chunk in chunks:
         _freeze(chunk, adapter_name)
@@ -145,7 +149,7 @@ def _settings(site: Site, config: LoraConfig, parts: tuple[str, ...]) -> Any:
         parts=parts,
         dora=config.use_dora,
         sharing=config.expert_adapters,
-        changes_base=config.lora_init_method in ("pissa", "olora"),
+        changes_base=config.lora_init_method in CHANGES_BASE,
     )
 
 
@@ -212,6 +216,8 @@ def _check_chunks(chunks: Iterable[Any]) -> None:
 
 
 def _check_site(site: Site, config: LoraConfig, parts: tuple[str, ...], name: str) -> None:
+    from bridge_peft.init import check_method
+
     taken: Any = site.module._modules.get("adapter")
     if taken is not None and name in taken:
         raise ConfigError(
@@ -243,6 +249,7 @@ def _check_site(site: Site, config: LoraConfig, parts: tuple[str, ...], name: st
         )
     if config.use_dora or config.lora_init_method != "kaiming_zeros":
         site.weights()  # refuses a layer without a weight of its own
+    check_method(site, config.lora_init_method)
 
 
 def _agreed(groups: Any, used: Iterable[Any], names: Iterable[str]) -> tuple[set[Any], set[str]]:
@@ -255,6 +262,33 @@ def _agreed(groups: Any, used: Iterable[Any], names: Iterable[str]) -> tuple[set
     held: list[Any] = [None] * pp.size()
     dist.all_gather_object(held, (set(used), set(names)), group=pp)
     return set().union(*(stage[0] for stage in held)), set().union(*(stage[1] for stage in held))
+
+
+def _together(groups: Any, check: Callable[[], None]) -> None:
+    """Run `check` on every pipeline stage; an error on one is raised on all, before any has changed its part."""
+    failure: BridgeError | None = None
+    try:
+        check()
+    except BridgeError as error:
+        failure = error
+    pp = getattr(groups, "pp", None)
+    held: list[str | None] = [None if failure is None else str(failure)]
+    if pp is not None and pp.size() > 1:
+        import torch.distributed as dist
+
+        own, held = held[0], [None] * pp.size()
+        dist.all_gather_object(held, own, group=pp)
+    if failure is not None:
+        raise failure
+    for stage, text in enumerate(held):
+        if text is not None:
+            raise ConfigError(
+                "another pipeline stage cannot be adapted",
+                where=f"stage {stage}",
+                expected="layers that go with the configuration",
+                got=text,
+                fix="do what that stage's error says",
+            )
 
 
 def _freeze(chunk: nn.Module, name: str) -> None:

@@ -13,8 +13,10 @@ from bridge_peft.dtypes import lora_dtype_name
 
 Variant = Literal["lora", "canonical"]
 ExpertAdapters = Literal["each", "shared", "shared_outer"]
-InitMethod = Literal["kaiming_zeros", "svdquant", "pissa", "olora"]
+InitMethod = Literal["kaiming_zeros", "svdquant", "svdquant_weight", "pissa", "olora"]
 ALL_LINEAR = "all-linear"
+CHANGES_BASE = ("svdquant_weight", "pissa", "olora")
+"""Methods of `lora_init_method` that take a part out of the base weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,9 @@ class LoraConfig:
         lora_dtype: `"bf16"`, `"fp16"`, `"fp32"`, a longer spelling or a torch dtype; None takes the dtype
             of the adapted layer. An explicit dtype survives `model.bfloat16()` and its like.
         lora_init_method: `"kaiming_zeros"` leaves the output as it was, to the bit. `"svdquant"` makes B A
-            the best approximation of `W - quant(W)`. `"pissa"` and `"olora"` take the leading part of W
-            out of the base weight and into the factors, so they change the base.
+            the best approximation of `W - quant(W)`. The others take the leading part of W out of the base weight
+            and into the factors, so they change the base: `"pissa"` and `"olora"` where W is not quantised,
+            `"svdquant_weight"` where it is (what the SVDQuant paper does: W smoothed, what is left quantised anew).
         variant: `"lora"` gives a fused layer (q, k, v; gate, up) one pair of factors, `"canonical"` one each.
         expert_adapters: `"each"` expert its own factors; one pair `"shared"` by all experts of a layer; or
             `"shared_outer"`: A of `linear_fc1` and B of `linear_fc2` shared, the inner factors per expert.

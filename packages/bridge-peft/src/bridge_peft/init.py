@@ -15,7 +15,7 @@ from torch import Tensor
 from bridge_core.errors import ConfigError, preview
 from bridge_peft.layers.adapter import LoraAdapter
 from bridge_peft.layers.sites import Site
-from bridge_peft.layers.weights import input_scale, is_packed, weight_quantizers
+from bridge_peft.layers.weights import input_scale, is_packed, recalibrate, weight_quantizers
 from bridge_peft.placement import MAGNITUDE, A, B, Factor
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def initialise(adapters: list[tuple[str, LoraAdapter]], config: LoraConfig) -> N
         adapters: (name of the adapter, adapter on a layer).
         config: its `lora_init_method` and `seed`.
     """
-    method = _METHODS[config.lora_init_method]
+    method, _ = _METHODS[config.lora_init_method]
     unquantised = []
     for name, adapter in adapters:
         _kaiming_zeros(name, adapter, config.seed)
@@ -88,20 +88,46 @@ def _svdquant(adapter: LoraAdapter) -> bool:
     quantizers = weight_quantizers(site)
     if all(quantizer is None for quantizer in quantizers):
         return False
-    residuals = []
-    for weight, quantizer in zip(site.weights(), quantizers, strict=True):
-        if is_packed(weight):
-            raise ConfigError(
-                "the difference to the quantised weight cannot be known any more",
-                where=site.name,
-                expected="fake-quantised weights",
-                got="packed ones",
-                fix="call apply_lora between quantize and compress, or take kaiming_zeros",
-            )
-        residuals.append(torch.zeros_like(weight) if quantizer is None else weight.float() - quantizer(weight).float())
-    scale = input_scale(site)
-    _decompose(adapter, residuals, _singular(adapter), input_scale=scale)
+    residuals = [
+        torch.zeros_like(weight) if quantizer is None else weight.float() - quantizer(weight).float()
+        for weight, quantizer in zip(site.weights(), quantizers, strict=True)
+    ]
+    _decompose(adapter, residuals, _singular(adapter), input_scale=input_scale(site))
     return True
+
+
+def _svdquant_weight(adapter: LoraAdapter) -> bool:
+    """B A = the leading part of W, taken out of W; the rest is quantised with ranges of its own.
+
+    W is smoothed where the layer's input is (Li et al. 2024; modelopt 0.47, model_calib.py, `svdquant`).
+    """
+    site = adapter.site
+    _take_out(adapter, _singular(adapter), input_scale=input_scale(site))
+    recalibrate(site)
+    return True
+
+
+def _check_quantised(site: Site) -> None:
+    if any(quantizer is None for quantizer in weight_quantizers(site)):
+        raise ConfigError(
+            "there is no quantised weight to take the leading part out of",
+            where=site.name,
+            expected="an enabled weight quantizer",
+            got="none",
+            fix='quantise the model first, leave this layer out, or take lora_init_method="pissa"',
+        )
+    _check_not_packed(site)
+
+
+def _check_not_packed(site: Site) -> None:
+    if any(is_packed(weight) for weight in site.weights()):
+        raise ConfigError(
+            "the weight from before it was quantised cannot be known any more",
+            where=site.name,
+            expected="fake-quantised weights",
+            got="packed ones",
+            fix="call apply_lora between quantize and compress, or take kaiming_zeros",
+        )
 
 
 def _pissa(adapter: LoraAdapter) -> bool:
@@ -120,14 +146,6 @@ def _olora(adapter: LoraAdapter) -> bool:
 
     _take_out(adapter, decompose)
     return True
-
-
-_METHODS: dict[str, Callable[[LoraAdapter], bool] | None] = {
-    "kaiming_zeros": None,
-    "svdquant": _svdquant,
-    "pissa": _pissa,
-    "olora": _olora,
-}
 
 
 def _singular(adapter: LoraAdapter) -> Callable[[Tensor], Pair]:
@@ -150,19 +168,25 @@ def _padded(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
     return padded
 
 
-def _take_out(adapter: LoraAdapter, decompose: Callable[[Tensor], Pair]) -> None:
-    site = adapter.site
+def _check_plain(site: Site) -> None:
     if any(quantizer is not None for quantizer in weight_quantizers(site)):
         raise ConfigError(
             "a method that changes the base weight does not go with a quantised one",
             where=site.name,
             expected="a layer without an enabled weight quantizer",
             got="one with a quantizer that is calibrated for the weight as it is",
-            fix='lora_init_method="svdquant", or quantise afterwards',
+            fix='lora_init_method="svdquant" or "svdquant_weight", or quantise afterwards',
         )
+
+
+def _take_out(adapter: LoraAdapter, decompose: Callable[[Tensor], Pair], *, input_scale: Tensor | None = None) -> None:
+    """Set the factors from the weights, and subtract from these what the factors, as they are stored, add."""
+    site = adapter.site
     weights = site.weights()
-    _decompose(adapter, weights, decompose)
+    _decompose(adapter, weights, decompose, input_scale=input_scale)
     updates = adapter.update()
+    if input_scale is not None:
+        updates = updates / input_scale.to(updates)
     for weight, update in zip(weights, updates if site.grouped else [updates], strict=True):
         weight.copy_(weight.float() - update)
 
@@ -207,3 +231,26 @@ def _on_one_rank(site: Site, share: Tensor, rank: int, decompose: Callable[[Tens
     dist.broadcast(down, source, group=site.group)
     dist.broadcast(up, source, group=site.group)
     return down, up
+
+
+def _check_nothing(site: Site) -> None:
+    """Every layer goes with zeros."""
+
+
+# Name -> (how to set the factors, how to refuse a layer).
+_METHODS: dict[str, tuple[Callable[[LoraAdapter], bool] | None, Callable[[Site], None]]] = {
+    "kaiming_zeros": (None, _check_nothing),
+    "svdquant": (_svdquant, _check_not_packed),
+    "svdquant_weight": (_svdquant_weight, _check_quantised),
+    "pissa": (_pissa, _check_plain),
+    "olora": (_olora, _check_plain),
+}
+
+
+def check_method(site: Site, method: str) -> None:
+    """Refuse a layer that a method of `lora_init_method` does not go with; before any weight is changed.
+
+    Raises:
+        ConfigError: says what the method needs.
+    """
+    _METHODS[method][1](site)

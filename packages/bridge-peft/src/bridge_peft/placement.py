@@ -2,11 +2,10 @@
 
 A linear layer y = W x has a mode, which says how tensor parallelism cuts W [out, in]:
 
-| mode | W is cut along | A [r, in] | B [out, r], magnitude [out] |
-|---|---|---|---|
-| column | out | on every rank | cut along out, like W |
-| row | in | cut along in, like W | on every rank |
-| replicated | nothing | on every rank | on every rank |
+    mode         W is cut along   A [r, in]              B [out, r], magnitude [out]
+    column       out              on every rank          cut along out, like W
+    row          in               cut along in, like W   on every rank
+    replicated   nothing          on every rank          on every rank
 
 In an expert layer tensor parallelism is expert tensor parallelism, and every factor has the expert as its
 first dim, cut by expert parallelism: A [E, r, in], B [E, out, r], magnitude [E, out]. A factor that all experts

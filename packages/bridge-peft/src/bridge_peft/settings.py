@@ -21,6 +21,7 @@ class AdapterSettings:
         dora: whether there is a magnitude per output row.
         parts: parts of a fused layer that a canonical adapter adapts; empty for one pair of factors.
         sharing: what the experts of a layer share.
+        changes_base: whether its first values were taken out of the base weight, which is another one since.
     """
 
     r: int
@@ -30,6 +31,7 @@ class AdapterSettings:
     dora: bool = False
     parts: tuple[str, ...] = ()
     sharing: Sharing = "each"
+    changes_base: bool = False
 
     @property
     def scaling(self) -> float:

@@ -57,8 +57,10 @@ def register_host_modules() -> None:
     if linears.HostColumnParallelGroupedLinear in registry:
         return
     column = registry[ColumnParallelLinear]
+    # A mixin of linears that ModelOpt joins it with; what those have, its own class does not declare.
+    quant_module: Any = quantized.QuantModule
 
-    class QuantHostGroupedLinear(quantized.QuantModule):
+    class QuantHostGroupedLinear(quant_module):
         """Grouped experts: one quantiser for the tokens of all, one for each weight."""
 
         def _setup(self) -> None:
@@ -89,7 +91,7 @@ def register_host_modules() -> None:
 
         _is_row_parallel = True
 
-    class QuantHostAttention(quantized.QuantModule):
+    class QuantHostAttention(quant_module):
         """Attention whose keys and values are quantised as they are stored in a KV cache."""
 
         def _setup(self) -> None:

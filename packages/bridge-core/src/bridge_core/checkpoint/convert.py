@@ -26,6 +26,7 @@ from bridge_core.checkpoint.hf_output import (
     finish_hf_folder,
     stored_assets,
 )
+from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.megatron_files import megatron_side_files
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.output import check_apart, check_free, partial_path, real_path, write_folder
@@ -38,13 +39,14 @@ from bridge_core.checkpoint.wiring import (
     import_jobs,
     lay_out_megatron,
     megatron_entries,
+    shifted_dtypes,
 )
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import ConfigError
 from bridge_core.families import family_for
 from bridge_core.patterns import match
-from bridge_core.plan import Plan
+from bridge_core.plan import Plan, check_ignored
 from bridge_core.topology import ParallelLayout
 
 ITERATION = "iter_0000000"
@@ -170,6 +172,9 @@ def export_ckpt(
         like = open_hf(source) if source is not None else None
         given = like.config if like else _as_config(hf_config)
         checkpoint = open_megatron(megatron_path, hf_config=given, ignore_options=ignore_options)
+        asked = [pattern for pattern in ignore if pattern not in checkpoint.ignore]
+        beside = [key for key in checkpoint.dcp.tensors if is_adapter(key)]
+        check_ignored(checkpoint.family, checkpoint.fields, asked, (*(like.tensors if like else ()), *beside))
         ready = export_plan(
             checkpoint, inventory=like.shapes if like else None, ignore=ignore, **codec_options(fp8, like)
         )
@@ -243,7 +248,9 @@ def _plan_import(
     source = open_hf(hf_path)
     output = _free_place(megatron_path, [source.path], options)
     family = family_for(source.config)
-    fields = family.without(family.to_megatron(source.config, ignore=ignore_options), ignore, source.tensors)
+    whole = family.to_megatron(source.config, ignore=ignore_options)
+    check_ignored(family, whole, ignore, source.tensors)
+    fields = family.without(whole, ignore, source.tensors)
     stored = {name: tensor.dtype for name, tensor in source.tensors.items()}
     plan = Plan(
         family,
@@ -259,7 +266,8 @@ def _plan_import(
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     main = _main_dtype(layout, dtypes)
-    run_config = write_run_config(fields, family, source.config, main, ignore=ignore, forms=plan.forms)
+    shifted = shifted_dtypes(plan, source, options.dtype)
+    run_config = write_run_config(fields, family, source.config, main, ignore=ignore, forms=plan.forms, shifted=shifted)
     carried = carried_files(source)
     return _Conversion(
         output=output,
@@ -368,6 +376,7 @@ def _left_out(checkpoint: MegatronFolder, plan: Plan) -> dict[str, str]:
     """What the checkpoint holds and the export does not, each with the reason."""
     others = sorted(checkpoint.dcp.tensors.keys() - checkpoint.weights().keys())
     found = dict.fromkeys(others, "no weight: training state")
+    found |= dict.fromkeys(filter(is_adapter, sorted(checkpoint.weights())), "adapter, left out as asked")
     for entry in plan.entries:
         if entry.padding is not None:
             rows = entry.padding.shape[0]

@@ -14,6 +14,7 @@ has a form of its own. Segments that have names (`Split.names`) are tensors of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import NamedTuple
@@ -46,6 +47,16 @@ class Place(NamedTuple):
     stack: Shape
     extents: Shape
     box: Box
+
+
+# Where LoRA and its like keep what they add to a layer, as a child module of it (bridge-peft; Megatron-Bridge 0.7,
+# peft/adapter_wrapper.py). It is no part of the model that a configuration describes.
+_ADAPTER = re.compile(r"(^|\.)adapter\.")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, or a key of a checkpoint, belongs to an adapter on a layer and not to the model."""
+    return _ADAPTER.search(name) is not None
 
 
 def _pattern(entry: Entry, form: Form) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
-from bridge_core.checkpoint.keys import Form, Forms, by_block, places, stacked_shape
+from bridge_core.checkpoint.keys import Form, Forms, by_block, is_adapter, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.codecs import Codec
 from bridge_core.errors import CheckpointError, CoverageError, preview
@@ -39,6 +39,7 @@ class MegatronFolder:
         hf_config: the config.json that the checkpoint was imported from, if it says so.
         ignore: patterns of HF names that its import left out.
         forms: which HF forms its rows had (`Plan.forms`).
+        shifted: HF dtypes of the rows that it holds wider, by Megatron name pattern.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class MegatronFolder:
     hf_config: dict[str, Any] | None = field(repr=False)
     ignore: tuple[str, ...] = ()
     forms: Mapping[str, int] | None = field(default=None, repr=False)
+    shifted: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def weights(self) -> dict[str, DcpTensor]:
         """The tensors that are weights."""
@@ -116,7 +118,7 @@ def open_megatron(
     folder = find_iteration(Path(path))
     dcp = read_dcp(folder)
     model = model_of(dcp, hf_config, ignore_options=ignore_options)
-    return MegatronFolder(folder, dcp, model.fields, model.family, model.hf_config, model.ignore, model.forms)
+    return MegatronFolder(folder, dcp, **model._asdict())
 
 
 def export_plan(
@@ -177,6 +179,18 @@ def _form_of(entries: Sequence[Entry], tensors: Mapping[str, DcpTensor], where: 
         got=f"{len(tensors)} tensors, the first: {preview(sorted(tensors))}",
         fix="check that the configuration (run_config.yaml, or the config.json given) belongs to this checkpoint",
     )
+
+
+def check_no_adapters(keys: Collection[str], *, where: Path) -> None:
+    """Raise if a checkpoint holds adapters beside the model's tensors."""
+    if adapters := [key for key in keys if is_adapter(key)]:
+        raise CoverageError(
+            "the Megatron checkpoint holds adapters beside the model, which would be lost",
+            where=where,
+            expected="the tensors of the model alone",
+            got=f"{len(adapters)} tensors of adapters: {preview(adapters)}",
+            fix='ignore=["*.adapter.*"] (--ignore) leaves them out; bridge-peft export converts them',
+        )
 
 
 def check_weights(entries: tuple[Entry, ...], forms: Forms, tensors: Mapping[str, DcpTensor], *, where: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bridge_core.checkpoint.dcp import DcpFolder
@@ -54,7 +55,8 @@ _PASS_HF = "pass the HF folder (--source) or the config.json (--hf-config) that 
 class ModelConfig(NamedTuple):
     """The model of a checkpoint: its Megatron fields, its family, and its config.json where one is known.
 
-    `ignore` are patterns of HF names that its import left out, `forms` the HF forms that its rows had.
+    `ignore` are patterns of HF names that its import left out, `forms` the HF forms that its rows had,
+    `shifted` the HF dtypes of rows that it holds wider.
     """
 
     fields: Fields
@@ -62,6 +64,7 @@ class ModelConfig(NamedTuple):
     hf_config: dict[str, Any] | None
     ignore: tuple[str, ...] = ()
     forms: Mapping[str, int] | None = None
+    shifted: Mapping[str, str] = MappingProxyType({})
 
 
 class _Said(NamedTuple):
@@ -101,14 +104,16 @@ def _from_section(said: _Said, hf_config: Mapping[str, Any] | None) -> ModelConf
     """The model as this package recorded it; a config.json that is given must be of the same one."""
     family = family_named(said.section["family"])
     _check_complete(said)
-    ignore, forms = tuple(said.section.get("ignore") or ()), dict(said.section.get("forms") or {})
+    ignore = tuple(said.section.get("ignore") or ())
+    recorded: dict[str, Any] = {name: dict(said.section.get(name) or {}) for name in ("forms", "shifted")}
+    recorded["ignore"] = ignore
     if hf_config is None:
         stored = said.section.get("hf_config")
-        return ModelConfig(said.fields, family, dict(stored) if stored else None, ignore, forms)
+        return ModelConfig(said.fields, family, dict(stored) if stored else None, **recorded)
     other = family_for(hf_config)
     given = other.without(other.to_megatron(hf_config, ignore=tuple(hf_config)), ignore)
     _compare(said.fields, family, given, other, where=said.where, names=(*_GEOMETRY, "vocab_size"))
-    return ModelConfig(said.fields, family, family.consistent(hf_config, said.fields), ignore, forms)
+    return ModelConfig(said.fields, family, family.consistent(hf_config, said.fields), **recorded)
 
 
 def _from_given(said: _Said | None, hf_config: Mapping[str, Any], ignore_options: Sequence[str]) -> ModelConfig:

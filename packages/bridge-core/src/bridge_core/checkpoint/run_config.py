@@ -59,6 +59,7 @@ def write_run_config(
     *,
     ignore: Sequence[str] = (),
     forms: Mapping[str, int] | None = None,
+    shifted: Mapping[str, str] | None = None,
 ) -> str:
     """The text of run_config.yaml for an imported checkpoint. JSON is YAML: no library is needed to write it.
 
@@ -67,6 +68,7 @@ def write_run_config(
         dtype: its safetensors dtype.
         ignore: patterns of the HF names that were left out.
         forms: which HF forms its rows had (`Plan.forms`).
+        shifted: HF dtypes of the rows that the checkpoint holds wider, by Megatron name pattern.
     """
     target = _HYBRID_PROVIDER if fields.get("hybrid_layer_pattern") else _PROVIDER
     model: dict[str, Any] = {"_target_": target, **fields}
@@ -74,7 +76,7 @@ def write_run_config(
     model["params_dtype"] = _object(f"torch.{dtype_of(dtype).torch}")
     model["bf16"], model["fp16"] = dtype == "BF16", dtype == "F16"
     section = {"family": family.name, "dtype": dtype, "megatron": fields, "hf_config": hf_config}
-    section |= {"ignore": list(ignore), "forms": dict(forms or {})}
+    section |= {"ignore": list(ignore), "forms": dict(forms or {}), "shifted": dict(shifted or {})}
     return json.dumps(
         {"model": model, "checkpoint": {"save_optim": False, "save_rng": False}, SECTION: section}, indent=2
     )

@@ -20,7 +20,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles
-from bridge_core.checkpoint.hf_folder import open_hf, read_config
+from bridge_core.checkpoint.hf_folder import open_hf
 from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
@@ -191,12 +191,14 @@ class _Side:
 
 def _open_both(a: Path, b: Path) -> tuple[_Side, _Side]:
     kinds = {path: kind_of(path) for path in (a, b)}
-    configs = [read_config(path) for path in (a, b) if kinds[path] == "hf"]
+    folders = [open_hf(path) for path in (a, b) if kinds[path] == "hf"]
+    configs = [folder.config for folder in folders]
     config = configs[0] if configs else None
+    shapes = folders[0].shapes if folders else None
     # Two quantised folders are compared as they are stored, and one with any other as it is read.
     as_stored = len(configs) == 2 and all(codec_of(config) for config in configs)
     first, second = (
-        _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config) for path in (a, b)
+        _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config, shapes) for path in (a, b)
     )
     return first, second
 
@@ -220,9 +222,10 @@ def _hf_side(path: Path, as_stored: bool) -> _Side:
     return _Side("hf", {name: (t.dtype, t.shape) for name, t in tensors.items()}, jobs, ignored)
 
 
-def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None) -> _Side:
+def _megatron_side(path: Path, hf_config: Mapping[str, Any] | None, shapes: Mapping[str, Shape] | None) -> _Side:
+    """A Megatron folder as HF tensors, in the forms that it recorded or else in those of the other side."""
     checkpoint = _open_megatron(path, hf_config)
-    plan = export_plan(checkpoint)
+    plan = export_plan(checkpoint, inventory=shapes if checkpoint.forms is None else None)
     wired = megatron_entries(plan, checkpoint)
     dtypes = wired.hf_dtypes(None)
 

@@ -29,12 +29,13 @@ from bridge_core.checkpoint.keys import (
     alias_keys,
     by_block,
     extra_state_keys,
+    is_adapter,
     places,
     stacked_shape,
     written_forms,
 )
 from bridge_core.checkpoint.megatron_files import extra_state_object
-from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_weights, forms_of
+from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_no_adapters, check_weights, forms_of
 from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
@@ -115,6 +116,20 @@ def _one_dtype(entry: Entry, layer: int, expert: int, source: HfFolder, wanted: 
     return "F32" if entry.shift and found in NARROW else found
 
 
+def shifted_dtypes(plan: Plan, source: HfFolder, wanted: str | None) -> dict[str, str]:
+    """The dtype in HF of every row whose values are shifted, where it is the same on all layers; by Megatron name."""
+    found = {
+        entry.name: {
+            cast_to(source.tensors[fill(tensor.name, layer, expert)].dtype, wanted)
+            for tensor in entry.hf
+            for layer, expert in entry.instances()
+        }
+        for entry in plan.entries
+        if entry.shift and entry.dtype is None
+    }
+    return {name: dtypes.pop() for name, dtypes in found.items() if len(dtypes) == 1}
+
+
 def _mixed(where: str, expected: object, got: object) -> CheckpointError:
     return CheckpointError(
         "HF tensors that become one Megatron tensor differ in dtype",
@@ -178,12 +193,14 @@ class Wired:
     forms: Forms
     tensors: Mapping[str, DcpTensor]
     folder: Path
+    shifted: Mapping[str, str] = field(default_factory=dict)
     _by_index: dict[str, dict[Shape, list[DcpChunk]]] = field(default_factory=dict, repr=False)
 
     def hf_dtypes(self, wanted: str | None) -> dict[str, str]:
         """Dtype of every HF tensor, from the Megatron tensor it comes from or as asked for.
 
-        A shifted one is wider here than in HF (`lay_out_megatron`), where it has the dtype of all others.
+        A shifted one is wider here than in HF (`lay_out_megatron`): its import recorded what it had there. Without
+        a record it gets the dtype that all others have, or stays as wide as it is.
         """
         found: dict[str, str] = {}
         shifted: list[str] = []
@@ -202,7 +219,10 @@ class Wired:
                 (dtype,) = dtypes
                 names = [fill(tensor.name, layer, expert) for tensor in entry.hf]
                 found |= dict.fromkeys(names, dtype)
-                shifted += names if entry.shift and entry.dtype is None else ()
+                if entry.shift and entry.dtype is None and wanted is None:
+                    recorded = self.shifted.get(entry.name)
+                    found |= dict.fromkeys(names, recorded or dtype)
+                    shifted += () if recorded else names
         others = {found[name] for name in found.keys() - set(shifted)}
         if len(others) == 1:
             found |= dict.fromkeys(shifted, others.pop())
@@ -229,14 +249,17 @@ def megatron_entries(plan: Plan, checkpoint: MegatronFolder) -> Wired:
     """Match a plan against a checkpoint's tensors, exactly.
 
     Raises:
-        CoverageError: tensors are missing, unexpected or of another shape.
+        CoverageError: tensors are missing, unexpected or of another shape; or there are adapters beside the model's
+            tensors, and no pattern of the plan's `ignore` says that they are to be left out.
     """
     weights = without_aliases(plan.entries, checkpoint.weights())
     for key in _left_out(plan, checkpoint, weights):
         del weights[key]
+    weights = {key: tensor for key, tensor in weights.items() if not (is_adapter(key) and plan.ignores(key))}
+    check_no_adapters(weights, where=checkpoint.path)
     forms = forms_of(plan.entries, weights, where=checkpoint.path)
     check_weights(plan.entries, forms, weights, where=checkpoint.path)
-    return Wired(plan, forms, weights, checkpoint.path)
+    return Wired(plan, forms, weights, checkpoint.path, checkpoint.shifted)
 
 
 def _left_out(plan: Plan, checkpoint: MegatronFolder, weights: Mapping[str, DcpTensor]) -> set[str]:

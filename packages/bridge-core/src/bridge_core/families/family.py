@@ -17,6 +17,7 @@ from bridge_core.codecs import codec_of
 from bridge_core.errors import ConfigError, preview
 from bridge_core.patterns import alternatives, fill
 from bridge_core.rules import Rule
+from bridge_core.topology import hybrid_pattern
 
 Config = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -219,7 +220,7 @@ class Family(Section):
         mtp = [name for row in rows for name in alternatives(row)]
         left_out = all(any(fnmatchcase(name, pattern) for pattern in ignore) for name in mtp)
         absent = self.unsaid_mtp and names is not None and not any(fill(name, 0) in names for name in mtp)
-        return fields | {"mtp_num_layers": None} if mtp and (left_out or absent) else fields
+        return _without_mtp(fields) if mtp and (left_out or absent) else fields
 
     def consistent(self, config: Config, fields: Fields) -> dict[str, Any]:
         """An HF configuration with the options changed that do not say what `fields` do."""
@@ -283,6 +284,13 @@ class Family(Section):
                 fix="compare config.json with that of a published model",
             ) from error
         return fields
+
+
+def _without_mtp(fields: Fields) -> Fields:
+    found = fields | {"mtp_num_layers": None}
+    if text := fields.get(hybrid_pattern.OPTION):
+        found[hybrid_pattern.OPTION] = str(hybrid_pattern.parse_hybrid_pattern(text)._replace(mtp="", depths=0))
+    return found
 
 
 def _changed(config: Config, before: Config, after: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from bridge_core.plan.audit import Audit
 from bridge_core.plan.entries import Entry, compile_entries
+from bridge_core.plan.ignored import check_ignored
 from bridge_core.plan.plan import Plan, RankCost, Shard, TensorMeta
 
-__all__ = ["Audit", "Entry", "Plan", "RankCost", "Shard", "TensorMeta", "compile_entries"]
+__all__ = ["Audit", "Entry", "Plan", "RankCost", "Shard", "TensorMeta", "check_ignored", "compile_entries"]

@@ -329,7 +329,6 @@ class Plan:
     def cost(self, rank: int) -> RankCost:
         """Parameters and bytes of one rank, by arithmetic alone."""
         coords = self.layout.coords(rank)
-        itemsize = dtype_of(self.dtype).itemsize
         parts: dict[str, int] = {}
         tensors = 0
         layers: list[int] = []
@@ -338,7 +337,7 @@ class Plan:
             for entry in self.entries:
                 count = len(list(self.layers_of(entry, stage))) * len(self.experts_of(entry, coords.ep))
                 form = self.local_form(entry.name, coords.etp if entry.is_expert else coords.tp)
-                part = part_of(entry.name)
+                part, itemsize = part_of(entry.name), dtype_of(entry.dtype or self.dtype).itemsize
                 parts[part] = parts.get(part, 0) + count * prod(form.shape) * itemsize
                 tensors += count
         return RankCost(rank, coords, tuple(layers), tensors, sum(parts.values()), parts)

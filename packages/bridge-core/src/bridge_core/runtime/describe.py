@@ -56,6 +56,7 @@ def iter_local_shards(live: LiveModel) -> Iterator[LocalShard]:
     Views stay valid as long as the parameters keep their memory; they show what an optimizer step writes.
     Rows that pad the vocabulary belong to no HF tensor and are in no view.
     """
+    copies = _copies(live)
     for shard in live.shards:
         replica, memory = replica_of(live, shard), live.tensor(shard)
         shift = 0.0 - live.plan.entry(shard.entry).shift
@@ -67,9 +68,20 @@ def iter_local_shards(live: LiveModel) -> Iterator[LocalShard]:
             view = window(flat(memory), piece.shape, piece.target)
             if box is not None:
                 view = _shaped(view, box.shape)
-            yield LocalShard(
+            held = LocalShard(
                 name, shape, dtype_name(memory), box, piece, view, shard.param, shard.chunk, replica, shift
             )
+            yield held
+            for other in copies.get(name, ()):
+                yield held._replace(name=other, piece=piece._replace(source=piece.source._replace(tensor=other)))
+
+
+def _copies(live: LiveModel) -> dict[str, list[str]]:
+    """Names of the HF tensors that repeat one, and that exports write, by the name of that one."""
+    found: dict[str, list[str]] = {}
+    for name, copy in live.plan.written_copies.items():
+        found.setdefault(copy.of, []).append(name)
+    return found
 
 
 def _shaped(view: Tensor, shape: Shape) -> Tensor:
@@ -180,8 +192,9 @@ def m2n_entries(live: LiveModel) -> list[M2NEntry]:
         if not is_second_copy(live.plan, live.rank, shard):
             for piece in shard.pieces:
                 held.setdefault(piece.source.tensor, []).append((shard, piece))
-    holders = _Holders(live)
-    return [holders.entry(name, tuple(parts)) for name, parts in held.items()]
+    holders, copies = _Holders(live), _copies(live)
+    entries = [holders.entry(name, tuple(parts)) for name, parts in held.items()]
+    return entries + [entry._replace(key=other) for entry in entries for other in copies.get(entry.key, ())]
 
 
 def _assembled(live: LiveModel, pieces: tuple[tuple[Shard, Piece], ...], shape: Shape, box: Box) -> Tensor:

@@ -23,7 +23,7 @@ from bridge_core.errors import LayoutError
 from bridge_core.geometry import Box, Piece, Shape, restrict, slabs
 from bridge_core.plan import Plan, Shard
 from bridge_core.runtime.live import LiveModel, copy_of, is_second_copy
-from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, torch_dtype, window
+from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,8 +102,7 @@ class WholeFiles:
         owners = owners_of([file.nbytes for file in layout.files], self._size)
         self._files = {rank: [f for f, r in zip(layout.files, owners, strict=True) if r == rank] for rank in owners}
         self._limit = max(1, bucket_bytes // max(len(self._files), 1))
-        first = next(iter(live.tensors.values()), None)
-        self._device = default_device() if first is None else first.device
+        self._device = live.device
         self._out = self._buffer(min(bucket_bytes, layout.nbytes))
         self._in = self._buffer(min(self._limit, layout.nbytes) if self._rank in self._files else 0)
         self._failure: Exception | None = None

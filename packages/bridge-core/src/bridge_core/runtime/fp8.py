@@ -11,11 +11,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.fp8 import not_finite
+from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import GeometryError
 from bridge_core.geometry import Piece, Shape, View, dim_steps, in_source_order, row_major
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.tensors import default_device, flat, torch_dtype, window
+from bridge_core.runtime.tensors import flat, torch_dtype, window
+from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +57,31 @@ def agreed_scales(live: LiveModel, dtypes: dict[str, str], group: Any) -> dict[s
 
     codec = live.plan.codec
     assert isinstance(codec, Fp8Blocks)
+    names = [name for name in live.plan.hf_tensors if name in live.plan.quantised]
+    buckets = _buckets({name: prod(codec.scale_shape(live.plan.hf_tensors[name])) for name in names})
+
+    def fill() -> list[Tensor]:
+        held = _largest_held(live, dtypes, codec)
+        filled = [torch.zeros(sum(bucket.values()), device=live.device) for bucket in buckets]
+        for bucket, data in zip(buckets, filled, strict=True):
+            for name, part in zip(bucket, data.split(list(bucket.values())), strict=True):
+                if name in held:
+                    part.copy_(held[name].view(-1))
+        return filled
+
+    agreed: dict[str, Tensor] = {}
+    for bucket, data in zip(buckets, jointly(TorchWorkers(group), fill), strict=True):
+        dist.all_reduce(data, op=dist.ReduceOp.MAX, group=group)
+        for name, part in zip(bucket, data.split(list(bucket.values())), strict=True):
+            shape = codec.scale_shape(live.plan.hf_tensors[name])
+            agreed[name] = _scales(part.view(shape), codec, name)
+    return agreed
+
+
+def _largest_held(live: LiveModel, dtypes: dict[str, str], codec: Fp8Blocks) -> dict[str, Tensor]:
+    """The largest absolute values that this rank holds of every block of a weight, by HF name."""
+    import torch
+
     held: dict[str, Tensor] = {}
     for shard in live.shards:
         for piece in shard.pieces:
@@ -65,20 +92,7 @@ def agreed_scales(live: LiveModel, dtypes: dict[str, str], group: Any) -> dict[s
             values = (memory.float() - shift if shift else memory).to(torch_dtype(dtypes[name]))
             found = _largest(values, piece.inverse(), live.plan.hf_tensors[name], codec)
             held[name] = torch.maximum(held[name], found) if name in held else found
-    first = next(iter(live.tensors.values()), None)
-    device = default_device() if first is None else first.device
-    names = [name for name in live.plan.hf_tensors if name in live.plan.quantised]
-    agreed: dict[str, Tensor] = {}
-    for bucket in _buckets({name: prod(codec.scale_shape(live.plan.hf_tensors[name])) for name in names}):
-        data = torch.zeros(sum(bucket.values()), device=device)
-        parts = dict(zip(bucket, data.split(list(bucket.values())), strict=True))
-        for name in bucket.keys() & held.keys():
-            parts[name].copy_(held.pop(name).view(-1))
-        dist.all_reduce(data, op=dist.ReduceOp.MAX, group=group)
-        for name, part in parts.items():
-            shape = codec.scale_shape(live.plan.hf_tensors[name])
-            agreed[name] = _scales(part.view(shape), codec, name)
-    return agreed
+    return held
 
 
 def _buckets(sizes: dict[str, int]) -> list[dict[str, int]]:

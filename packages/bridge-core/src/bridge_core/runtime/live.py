@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.wiring import check_wanted
 from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
@@ -16,7 +17,7 @@ from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
 from bridge_core.plan.placement import EMBEDDING, OUTPUT
-from bridge_core.runtime.tensors import dtype_name
+from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
 
@@ -65,6 +66,12 @@ class LiveModel:
     shards: tuple[Shard, ...]
     tensors: Mapping[tuple[int, str], Tensor]
     excepted: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> Any:
+        """Where the parameters are; where this process computes if it holds none."""
+        first = next(iter(self.tensors.values()), None)
+        return default_device() if first is None else first.device
 
     def tensor(self, shard: Shard) -> Tensor:
         """The live parameter of a shard."""
@@ -148,18 +155,13 @@ def matches(name: str, patterns: Collection[str]) -> bool:
 _WEIGHT_BUFFERS = (".router.expert_bias",)
 
 
-# Where LoRA and its like keep what they add to a layer, as a child module of it (bridge-peft; Megatron-Bridge 0.7,
-# peft/adapter_wrapper.py). It is no part of the model that a configuration describes.
-_ADAPTERS = re.compile(r"(^|\.)adapter\.")
-
-
 def _stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a chunk, without those of adapters on it, and the buffers that are weights as well."""
     # A tied output layer beside prediction layers: megatron-core 0.19 makes a weight for it that it never uses, as the
     # embedding is there too (models/common/language_module/language_module.py, `shared_embedding_or_output_weight`).
     unused = chunk.share_embeddings_and_output_weights and getattr(chunk, "mtp_process", False)
     for name, parameter in chunk.named_parameters():
-        if not (_ADAPTERS.search(name) or (unused and name == OUTPUT)):
+        if not (is_adapter(name) or (unused and name == OUTPUT)):
             yield name, parameter
     for name, buffer in chunk.named_buffers():
         if name.endswith(_WEIGHT_BUFFERS):

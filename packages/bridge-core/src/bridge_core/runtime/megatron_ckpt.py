@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.dcp import read_dcp
+from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, find_iteration
 from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
@@ -38,11 +39,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronReport:
-    """What a save or a load did: folder of the iteration, its number, parameters of this rank."""
+    """What a save or a load did.
+
+    Attributes:
+        folder: of the iteration.
+        iteration: its number.
+        parameters: of this rank, that were written or filled.
+        adapters: parameters of adapters on this rank, which were left alone.
+    """
 
     folder: Path
     iteration: int
     parameters: int
+    adapters: int = 0
 
 
 def save_megatron_model(
@@ -59,6 +68,9 @@ def save_megatron_model(
     group: Any = None,
 ) -> MegatronReport:
     """Write the weights of a live model as a Megatron torch_dist checkpoint. Collective over `group`.
+
+    Adapters on its layers (`<layer>.adapter.<...>`) are not written: what is saved is the base model, as in
+    `save_hf_pretrained`. The report counts them; bridge-peft saves them (`save_adapter_ckpt`).
 
     The iteration's folder gets its name when everything in it is written, and only then becomes the latest
     one of the run; a save that fails or is killed leaves nothing that looks finished.
@@ -94,14 +106,19 @@ def save_megatron_model(
         text = write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
 
+    def state() -> dict[str, Any]:
+        return _base_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
+
     with OwnWorld() as world:
 
         def fill(folder: Path, rank: int, size: int) -> None:
-            world.step(lambda: _save(model, folder, iteration, groups, where=output))
+            world.step(lambda: save_state(state(), folder, where=output))
 
         write_folder(output, nbytes, workers, lambda folder: None, fill, finish, overwrite=overwrite)
     workers.together(lambda: _make_latest(run, iteration) if workers.rank == 0 else None)
-    return MegatronReport(folder=output, iteration=iteration, parameters=len(live.shards))
+    return MegatronReport(
+        folder=output, iteration=iteration, parameters=len(live.shards), adapters=_count_adapters(model)
+    )
 
 
 def load_megatron_model(
@@ -117,13 +134,15 @@ def load_megatron_model(
     """Fill a live model from a Megatron torch_dist checkpoint, saved at any layout. Collective over `group`.
 
     The checkpoint's tensors are compared with the model's before a byte is copied; then megatron-core loads,
-    at its default strictness. Optimizer and random state in the checkpoint are left where they are.
+    at its default strictness. Optimizer and random state in the checkpoint are left where they are. Adapters on
+    the model's layers keep their values; those in the checkpoint are refused unless `ignore` names them.
 
     Args:
         model: chunks of this rank, wrapped or not, on CPU or GPU.
         path: folder of a run, whose latest iteration is taken, or of one iteration; all ranks must see it.
         family, fields: of the HF model.
-        ignore: patterns (as in a shell) of HF names whose tensors the model does not have.
+        ignore: patterns (as in a shell) of HF names whose tensors the model does not have; `"*.adapter.*"` for
+            adapters in the checkpoint.
         groups, group: as for `save_megatron_model`.
 
     Raises:
@@ -142,7 +161,9 @@ def load_megatron_model(
     iterations: list[int] = []
     with OwnWorld() as world:
         workers.together(lambda: iterations.append(world.step(lambda: _load(model, folder, groups))))
-    return MegatronReport(folder=folder, iteration=iterations[0], parameters=len(live.shards))
+    return MegatronReport(
+        folder=folder, iteration=iterations[0], parameters=len(live.shards), adapters=_count_adapters(model)
+    )
 
 
 def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
@@ -157,23 +178,34 @@ def _checked(workers: TorchWorkers, check: Callable[[], T]) -> T:
     return found[0]
 
 
-def _save(model: Any, folder: Path, iteration: int, groups: ProcessGroupCollection | None, *, where: Path) -> None:
-    """megatron-core's own save. Collective over torch's default group."""
+def save_state(state: dict[str, Any], folder: Path, *, where: Path) -> None:
+    """megatron-core's own save of a sharded state. Collective over torch's default group; call it in an `OwnWorld`.
+
+    Args:
+        state: what mcore's `dist_checkpointing.save` takes.
+        folder: an empty one.
+        where: what to call it in errors.
+    """
     from megatron.core import dist_checkpointing
 
     with _in_our_words(where), _own_results():
-        state = sharded_state(model, groups) | {"iteration": iteration, "checkpoint_version": 3.0}
         dist_checkpointing.save(state, str(folder))
 
 
-def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
-    """megatron-core's own load, into the parameters; the iteration. Collective over torch's default group."""
+def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """megatron-core's own load of a sharded state, at its default strictness. Collective like `save_state`."""
     from megatron.core import dist_checkpointing
 
     with _in_our_words(folder):
-        loaded: Any = dist_checkpointing.load(sharded_state(model, groups), str(folder))
-        for name, chunk in _named_chunks(model).items():
-            chunk.load_state_dict(loaded[name], strict=True)
+        return dist_checkpointing.load(state, str(folder))  # type: ignore[return-value]
+
+
+def _load(model: Any, folder: Path, groups: ProcessGroupCollection | None) -> int:
+    """A checkpoint into the parameters of the base; the iteration. Collective."""
+    loaded: Any = load_state(_base_state(model, groups), folder)
+    for name, chunk in _named_chunks(model).items():
+        kept = {key: value for key, value in chunk.state_dict().items() if is_adapter(key)}
+        chunk.load_state_dict(kept | loaded[name], strict=True)
     return int(loaded.get("iteration") or 0)
 
 
@@ -194,6 +226,18 @@ def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> d
         with _tied_by(chunk, used):
             state[name] = chunk.sharded_state_dict(metadata={"dp_cp_group": used.dp_cp})
     return state
+
+
+def _base_state(model: Any, groups: ProcessGroupCollection | None) -> dict[str, Any]:
+    """`sharded_state` without adapters."""
+    return {
+        name: {key: entry for key, entry in state.items() if not is_adapter(key)}
+        for name, state in sharded_state(model, groups).items()
+    }
+
+
+def _count_adapters(model: Any) -> int:
+    return sum(is_adapter(name) for chunk in unwrap(model) for name, _ in chunk.named_parameters())
 
 
 def _main_dtype(live: LiveModel) -> str:

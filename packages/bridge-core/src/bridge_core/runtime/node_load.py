@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder
 from bridge_core.checkpoint.transfer import Job, gather
+from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece, View, row_major
 from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, from_numpy, torch_dtype, window
+from bridge_core.runtime.tensors import cast, dtype_name, flat, from_numpy, staging, torch_dtype, window
+from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +44,6 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
         node_group: ranks of this node.
         bucket_bytes: bytes of a bucket; a larger tensor makes a larger bucket.
     """
-    import torch
     import torch.distributed as dist
 
     mine: dict[str, list[tuple[Shard, Piece]]] = {}
@@ -52,18 +53,19 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
     wanted: list[Any] = [None] * node_group.size()
     dist.all_gather_object(wanted, list(mine), group=node_group)
     needed = set().union(*wanted)
-    first = next(iter(live.tensors.values()), None)
-    device = default_device() if first is None else first.device
+    buckets = _buckets(live, folder, needed, bucket_bytes)
+    # The last byte says whether the reader failed, so that nobody copies what was not read.
+    sizes = [bucket[-1][1] + folder.tensors[bucket[-1][0]].nbytes + 1 for bucket in buckets]
+    room = jointly(TorchWorkers(node_group), lambda: staging(max(sizes, default=0), live.device))
     reader = node_group.rank() == 0
     failure: Exception | None = None
     read = broadcasts = 0
     _clear_padding(live)
     with ExitStack() as stack:
         files = OpenFiles(stack)
-        for bucket in _buckets(live, folder, needed, bucket_bytes):
-            last, end = bucket[-1]
-            # The last byte says whether the reader failed, so that nobody copies what was not read.
-            data = torch.zeros(end + folder.tensors[last].nbytes + 1, dtype=torch.uint8, device=device)
+        for bucket, size in zip(buckets, sizes, strict=True):
+            data = room[:size]
+            data[-1] = 0
             if reader and failure is None:
                 failure = _guarded(_read, bucket, folder, files, data)
                 read += sum(folder.tensors[name].disk_bytes for name, _ in bucket)

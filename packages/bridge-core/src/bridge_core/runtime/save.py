@@ -33,7 +33,7 @@ from bridge_core.runtime.file_owners import Sent, WholeFiles, takes_turn
 from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import cast, flat
+from bridge_core.runtime.tensors import cast, flat, staging
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
@@ -224,6 +224,8 @@ class SharedFiles:
         written: bytes of tensors that this rank wrote, by HF name.
         sent: bytes of tensors that it sent to other ranks.
         exchanges: exchanges between ranks that it took part in.
+        room: bytes on the parameters' device, to receive rows in: those of the largest weight that is cut along its
+            columns.
     """
 
     def __init__(
@@ -236,6 +238,7 @@ class SharedFiles:
         self._scales: Mapping[str, Tensor] = {}
         self._opened: set[str] = set()
         self._failure: Exception | None = None
+        self.room = staging(max(map(self._received, live.shards), default=0), live.device)
 
     def create(self, folder: Path) -> None:
         """Make all files, at their full size. For one rank, before the others write."""
@@ -266,18 +269,31 @@ class SharedFiles:
     def save(self, shard: Shard) -> None:
         """Write the HF elements of one shard. Collective over the group that splits it."""
         entry = self.live.plan.entry(shard.entry)
-        group = self.groups.expt_tp if entry.is_expert else self.groups.tp
+        group = self._group_of(shard)
         tensor = flat(self.live.tensor(shard))
-        if entry.split is None or entry.split.dim == 0 or group.size() == 1:
+        if not self._received(shard):
             self.guarded(lambda: self._write(tensor, shard.pieces, entry.shift))
             return
-        rows, box = exchange(tensor.view(shard.shape), entry.shape, group.rank(), group.size(), group)
+        columns = tensor.view(shard.shape)
+        received, box = exchange(columns, entry.shape, group.rank(), group.size(), group, self.room)
         self.exchanges += 1
         self.sent += tensor.nbytes - tensor.nbytes * box.shape[0] // entry.shape[0]
         whole = entry.instance(entry.pieces, shard.layer, shard.expert)
         at = (0,) * len(box.shape)
         cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
-        self.guarded(lambda: self._write(flat(rows), cut, entry.shift))
+        self.guarded(lambda: self._write(flat(received.transpose(0, 1).reshape(box.shape)), cut, entry.shift))
+
+    def _group_of(self, shard: Shard) -> Any:
+        """The tensor-parallel group that cuts a shard's parameter."""
+        return self.groups.expt_tp if self.live.plan.entry(shard.entry).is_expert else self.groups.tp
+
+    def _received(self, shard: Shard) -> int:
+        """Bytes of the rows that are received for a shard cut along its columns; 0 for any other."""
+        entry, group = self.live.plan.entry(shard.entry), self._group_of(shard)
+        if entry.split is None or entry.split.dim == 0 or group.size() == 1:
+            return 0
+        first, last = (entry.shape[0] * (group.rank() + end) // group.size() for end in (0, 1))
+        return (last - first) * entry.shape[1] * self.live.tensor(shard).element_size()
 
     def guarded(self, step: Callable[[], T]) -> T | None:
         """What `step` returns; None if it fails, or if one failed before. The error waits for the end of `write`."""
@@ -338,7 +354,9 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any) -> tuple[Tensor, Box]:
+def exchange(
+    local: Tensor, shape: tuple[int, ...], rank: int, size: int, group: Any, room: Tensor
+) -> tuple[Tensor, Box]:
     """Trade columns for rows: from a shard split along dim 1 to a band of whole rows.
 
     Collective over `group`, whose rank `r` holds the r-th part of dim 1.
@@ -346,18 +364,18 @@ def exchange(local: Tensor, shape: tuple[int, ...], rank: int, size: int, group:
     Args:
         local: this rank's shard [R, C / size].
         shape: shape of the whole tensor, (R, C).
+        room: bytes to receive in; nothing else is allocated.
 
     Returns:
-        This rank's rows [R / size, C], contiguous, and where they lie in the whole tensor. Bands differ by
-        one row where `size` does not divide R.
+        The parts of this rank's rows [size, R / size, C / size], a view of `room`, and where the rows lie in the
+        whole tensor. Bands differ by one row where `size` does not divide R.
     """
-    import torch
     import torch.distributed as dist
 
     counts = [(shape[0] * (r + 1)) // size - (shape[0] * r) // size for r in range(size)]
     start = shape[0] * rank // size
     mine = counts[rank]
-    received = torch.empty(size * mine, local.shape[1], dtype=local.dtype, device=local.device)
-    dist.all_to_all_single(received, local.contiguous(), [mine] * size, counts, group=group)
-    rows = received.view(size, mine, -1).transpose(0, 1).reshape(mine, -1)
-    return rows, Box((start, 0), (mine, shape[1]))
+    nbytes = size * mine * local.shape[1] * local.element_size()
+    received = room[:nbytes].view(local.dtype).view(size * mine, local.shape[1])
+    dist.all_to_all_single(received, local, [mine] * size, counts, group=group)
+    return received.view(size, mine, -1), Box((start, 0), (mine, shape[1]))

@@ -21,7 +21,7 @@ from bridge_core.plan import Shard, TensorMeta
 from bridge_core.runtime.fp8 import quantise
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, replica_of
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.tensors import cast, default_device, dtype_name, flat, torch_dtype, window
+from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,7 @@ class Stream:
     def __post_init__(self) -> None:
         self.group = self.group or default_group()
         self._told = False
-        first = next(iter(self.live.tensors.values()), None)
-        self._device = default_device() if first is None else first.device
+        self._device = self.live.device
         self._metadata = self._wanted()
         self._buckets = self._fill_buckets()
         self._owned = self._owned_pieces()

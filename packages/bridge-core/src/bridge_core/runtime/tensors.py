@@ -71,3 +71,14 @@ def default_device() -> Any:
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def staging(nbytes: int, device: Any) -> Tensor:
+    """Bytes to receive in, uninitialised.
+
+    Made before the ranks of a group wait for one another, in a step that they agree on: a rank that finds no memory in
+    between could not tell the others.
+    """
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

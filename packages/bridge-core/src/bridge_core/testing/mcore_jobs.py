@@ -145,14 +145,16 @@ def load_and_run(
 
 
 def forward(chunks: list[Any], pg: Any, tokens: Tensor) -> Tensor | None:
-    """Logits [1, S, V / tp] on the last stage, through all stages and chunks by plain sends."""
+    """Logits [1, S, V / tp] on the last stage, through all stages and chunks, wrapped or not, by plain sends."""
     import torch
     import torch.distributed as dist
+
+    from bridge_core.runtime.live import unwrap
 
     size = tokens.shape[1]
     device = next(chunks[0].parameters()).device
     tokens, positions = tokens.to(device), torch.arange(size, device=device).view(1, size)
-    if chunks[0].position_embedding_type == "mrope":
+    if unwrap(chunks)[0].position_embedding_type == "mrope":
         positions = positions.expand(3, 1, size)  # of a text, time, height and width are one
     mask = torch.ones(size, size, device=device).triu(1).bool().view(1, 1, size, size)
     pp, rank = pg.pp.size(), pg.pp.rank()

@@ -43,9 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except BridgeError as error:
-        # Under torchrun every worker learns of an error; one of them says it.
-        if int(os.environ.get("RANK") or 0) == 0:
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return _failed(error)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`| head`). Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        what = "a file could not be read or written"
+        return _failed(BridgeError(what, where=error.filename, got=error.strerror or error))
     finally:
         warnings.showwarning = shown
+
+
+def _failed(error: BridgeError) -> int:
+    from bridge_core.runtime.workers import RendezvousError
+
+    # Under torchrun every worker learns of an error; one of them says it. Workers that have not met all do.
+    if int(os.environ.get("RANK") or 0) == 0 or isinstance(error, RendezvousError):
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

@@ -109,11 +109,12 @@ class Bases:
 
     Args:
         plan: of the model; its layout does not matter.
+        beside: entries of layers that have no weight of their own and may carry adapters all the same.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, beside: Iterable[Entry] = ()) -> None:
         self.plan = plan
-        linear = [entry for entry in plan.entries if _WEIGHT.search(entry.name) and len(entry.shape) == 2]
+        linear = [entry for entry in (*plan.entries, *beside) if _WEIGHT.search(entry.name) and len(entry.shape) == 2]
         self.all: dict[str, Base] = {}
         for entry in linear:
             base = Base(entry, plan.fields)
@@ -132,14 +133,9 @@ class Bases:
         plain = name.replace(".experts.experts.", ".experts.")
         expert = _NUMBERED_EXPERT.search(plain)
         plain = _NUMBERED_EXPERT.sub("", plain)
-        layer = _NUMBERED_LAYER.search(plain)
-        pattern = (
-            _NUMBERED_LAYER.sub("{layer}", plain, count=1)
-            if layer
-            else plain.replace(".layers.", ".layers.{layer}.", 1)
-        )
-        base = self.all.get(pattern) or self.all.get(pattern.removeprefix("language_model."))
-        number = int(layer[1]) if layer else None if base is None or base.entry.has_layer else 0
+        base, number = self._numbered(plain)
+        if base is None:
+            base, number = self._numbered(plain.removeprefix("language_model."))
         if base is None or (number is not None and number not in base.entry.layers):
             raise CoverageError(
                 "an adapter is for a layer that the model does not have",
@@ -149,6 +145,15 @@ class Bases:
                 fix="check that the adapter belongs to this model; exclude_adapter_base_prefix leaves layers out",
             )
         return base, number, int(expert[1]) if expert else None
+
+    def _numbered(self, plain: str) -> tuple[Base | None, int | None]:
+        """The layer of a name without experts' numbers, and its number; None where the name does not say it."""
+        if plain in self.all:  # no layer of a block, or one whose number is a part of its name: a prediction layer
+            return self.all[plain], 0
+        layer = _NUMBERED_LAYER.search(plain)
+        if layer:
+            return self.all.get(_NUMBERED_LAYER.sub("{layer}", plain, count=1)), int(layer[1])
+        return self.all.get(plain.replace(".layers.", ".layers.{layer}.", 1)), None
 
     def in_order(self, names: Iterable[str]) -> list[tuple[Base, int]]:
         """Layers by name, in the order of the family's table and of their numbers."""
@@ -160,7 +165,13 @@ class Bases:
 def bases_for(bridge: AutoBridge, *, padded_vocab: int | None = None) -> Bases:
     """The layers of a bridge's model; its vocabulary is not padded unless `padded_vocab` says so."""
     plan = Plan(bridge.family, bridge.fields, ParallelLayout(), padded_vocab=padded_vocab, ignore=bridge.ignore)
-    return Bases(plan)
+    if not bridge.fields["share_embeddings_and_output_weights"]:
+        return Bases(plan)
+    # A tied output layer can be adapted without the embedding, and is then what it is in an untied model.
+    untied = {**bridge.fields, "share_embeddings_and_output_weights": False}
+    own = {entry.name for entry in plan.entries}
+    others = Plan(bridge.family, untied, ParallelLayout(), padded_vocab=padded_vocab, ignore=bridge.ignore).entries
+    return Bases(plan, [entry for entry in others if entry.name not in own])
 
 
 def _rows(entry: Entry, tensor: Tensor) -> tuple[np.ndarray, bool]:

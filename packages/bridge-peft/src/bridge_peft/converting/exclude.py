@@ -1,4 +1,4 @@
-"""Layers left out by the beginning of their Megatron name."""
+"""What an export warns of: layers left out by name, and bases that an adapter does not go with as they were."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def warn_unused(prefixes: Sequence[str], used: Collection[str]) -> None:
             "decoder.layers.0.mlp.linear_fc1",
             stacklevel=4,
         )
+
+
+def warn_changed_base() -> None:
+    """Warn of an adapter that is none for the model that its training started from."""
+    warnings.warn(
+        "the adapter's first values were taken out of the base weights (pissa, olora, svdquant_weight): it belongs to "
+        "the base as it was trained; save that too (AutoBridge.save_hf_pretrained)",
+        stacklevel=4,
+    )

@@ -47,6 +47,7 @@ def settings_of(adapter: LoraAdapter) -> AdapterSettings:
         dora=own.dora,
         parts=own.parts,
         sharing=own.sharing if adapter.site.linear.experts else "each",
+        changes_base=own.changes_base,
     )
 
 
@@ -92,7 +93,6 @@ class Held:
         bases: the layers of the model.
         layers: the adapted ones of all ranks, in the order of the family's table.
         excluded: those of `exclude` that fitted something.
-        changes_base: whether first values were taken out of the base weights.
 
     Raises:
         BridgeError: on every rank, if one has an adapter that does not fit the model, or none has any.
@@ -104,10 +104,9 @@ class Held:
         mine = jointly(workers, lambda: self._mine(model, name, exclude))
         self.device = next((p.device for chunk in unwrap(model) for p in chunk.parameters()), torch.device("cpu"))
         said: list[Any] = [None] * group.size()
-        dist.all_gather_object(said, (mine, self.excluded, self.changes_base), group=group)
-        self.excluded = set().union(*(theirs for _, theirs, _ in said))
-        self.changes_base = any(changed for _, _, changed in said)
-        everything = {layer: value for theirs, _, _ in said for layer, value in theirs.items()}
+        dist.all_gather_object(said, (mine, self.excluded), group=group)
+        self.excluded = set().union(*(theirs for _, theirs in said))
+        everything = {layer: value for theirs, _ in said for layer, value in theirs.items()}
         self.layers = [
             Layer(base, number, *everything[base.named(number)]) for base, number in bases.in_order(everything)
         ]
@@ -116,7 +115,6 @@ class Held:
     def _mine(self, model: Any, name: str, exclude: Sequence[str]) -> dict[str, Described]:
         """Settings, and whole shape and dtype of each factor, of the layers on this rank."""
         self.shares: dict[tuple[str, str], list[Share]] = {}
-        self.changes_base = False
         self.excluded: set[str] = set()
         mine: dict[str, Described] = {}
         for adapters in adapters_named(model, ()):
@@ -127,7 +125,6 @@ class Held:
                 self.excluded.add(prefix)
                 continue
             layer = _checked_name(self.bases, adapter)
-            self.changes_base |= adapter.settings.changes_base
             mine[layer] = (
                 settings_of(adapter),
                 {key: (f.shape, dtype_name(adapter.get_parameter(key))) for key, f in adapter.factors.items()},

@@ -196,13 +196,13 @@ def _matched(
             layers.setdefault((base.name, layer), (base, {}))[1][-1] = Source(parameter, {None: names})
             continue
         for pattern, base, number in patterns.get(_NUMBER.sub("#", module), ()):
-            if (at := match(pattern, module)) is not None:
+            at = match(pattern, module)
+            if at is not None and at.get("layer", 0) in base.entry.layers:
                 sources = layers.setdefault((base.name, at.get("layer", 0)), (base, {}))[1]
                 sources.setdefault(number, Source(module, {})).tensors[at.get("expert")] = names
                 break
         else:
             unknown.append(module)
-    unknown += [module for module, layer, base in _numbers(layers) if layer not in base.entry.layers]
     if unknown:
         raise CoverageError(
             "an adapter is for modules that the model does not have",
@@ -213,10 +213,6 @@ def _matched(
             fix="check that the adapter belongs to this model",
         )
     return layers
-
-
-def _numbers(layers: dict[tuple[str, int], tuple[Base, dict[int, Source]]]) -> list[tuple[str, int, Base]]:
-    return [(next(iter(sources.values())).module, layer, base) for (_, layer), (base, sources) in layers.items()]
 
 
 def _flat_modules(bases: Bases, config: PeftConfig) -> dict[str, tuple[Base, int, str]]:

@@ -101,6 +101,7 @@ def written(
         ConfigError: the target cannot hold such an adapter.
     """
     _check_dora(base, settings, target)
+    _check_prediction(base, layer, target)
     pairs = take_apart(base, settings, factors)
     if not base.is_expert:
         return _plain(base, layer, settings, pairs)
@@ -125,6 +126,18 @@ def _check_dora(base: Base, settings: AdapterSettings, target: Target) -> None:
         got="use_dora" + (" on experts" if base.is_expert else ""),
         fix="merge the adapter into the model (bridge-peft merge)",
     )
+
+
+def _check_prediction(base: Base, layer: int, target: Target) -> None:
+    """PEFT passes tensors by for which the model has no module (peft 0.21, utils/save_and_load.py)."""
+    if base.name.startswith("mtp.") and target in ("peft", "peft-target-parameters"):
+        raise ConfigError(
+            "transformers leaves prediction layers out, so PEFT would drop their adapters",
+            where=f"{base.named(layer)}, target {target}",
+            expected="no adapter on a prediction layer",
+            got=", ".join(part.module for part in base.parts),
+            fix='exclude_adapter_base_prefix=["mtp."] (--exclude-adapter-base-prefix mtp.), or target="vllm"',
+        )
 
 
 def _alpha_of(pair: Pair, settings: AdapterSettings) -> float:

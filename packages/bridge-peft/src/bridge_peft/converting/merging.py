@@ -27,6 +27,7 @@ from bridge_core.patterns import fill
 from bridge_core.runtime.tensors import torch_dtype
 from bridge_peft.converting.bases import Base, Bases, bases_for
 from bridge_peft.converting.checkpoint import AdapterCheckpoint, find_checkpoint
+from bridge_peft.converting.exclude import warn_changed_base
 from bridge_peft.converting.fuse import Pair, take_apart
 from bridge_peft.converting.hf_adapter import open_adapter
 from bridge_peft.converting.peft_config import CONFIG
@@ -82,7 +83,7 @@ def merge_hf(
             where=folder.path,
             expected=missing[0],
             got=f"{len(missing)} missing",
-            fix="check that the adapter belongs to this model",
+            fix="check that the adapter belongs to this model; one on a tied output layer cannot be merged",
         )
     layout = _layout(folder, None if dtype is None else dtype_of(dtype).name)
     merged = 0
@@ -121,6 +122,8 @@ def _updates(path: Path, bases: Bases, name: str | None, by_hand: ByHand) -> tup
         return _weights((adapter.layers[key][0], key[1]) for key in keys), read
     folder = find_checkpoint(path)
     checkpoint = AdapterCheckpoint(folder, bases, read_settings(folder, by_hand), name=name)
+    if any(layer.settings.changes_base for layer in checkpoint.layers):
+        warn_changed_base()
     read = ((layer.base, layer.number, layer.settings, factors) for layer, factors in checkpoint.read())
     return _weights((layer.base, layer.number) for layer in checkpoint.layers), read
 

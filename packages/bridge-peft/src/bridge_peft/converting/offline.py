@@ -30,7 +30,7 @@ from bridge_peft.converting import peft_config
 from bridge_peft.converting.adapter_file import AdapterFile, Layer
 from bridge_peft.converting.bases import Bases, bases_for
 from bridge_peft.converting.checkpoint import AdapterCheckpoint, find_checkpoint
-from bridge_peft.converting.exclude import warn_unused
+from bridge_peft.converting.exclude import warn_changed_base, warn_unused
 from bridge_peft.converting.hf_adapter import HfAdapter, open_adapter
 from bridge_peft.converting.layouts import check_target
 from bridge_peft.converting.report import AdapterReport
@@ -99,6 +99,8 @@ def export_adapter_ckpt(
     output, checkpoint, file = jointly(workers, look)
     if workers.rank == 0:
         warn_unused(exclude_adapter_base_prefix, checkpoint.excluded)
+        if any(layer.settings.changes_base for layer in checkpoint.layers):
+            warn_changed_base()
     write_folder(
         output,
         file.laid.nbytes,
@@ -153,53 +155,81 @@ def import_adapter_ckpt(
         BridgeError: bad input (nothing was written) or a failed write (nothing looks finished).
     """
 
-    def look() -> tuple[Path, AutoBridge, HfAdapter, list[Layer], dict[str, dict[str, str]]]:
+    def look() -> _Import:
         output = _free(Path(megatron_dir), overwrite=overwrite)
         check_apart(output, Path(hf_adapter))
         lora_dtype_name(dtype, where="dtype")
         bridge = bridge_of(hf_model, None, where=hf_adapter, named_by=hf_adapter)
         bases = bases_for(bridge, padded_vocab=padded_vocab)
         adapter = open_adapter(hf_adapter, bases)
-        # Which ranks a fused layer gets is known only from values: every layer is looked at before any is written.
-        layers = [_layer(adapter, key, canonical, dtype) for key in adapter.layers]
-        return output, bridge, adapter, layers, {layer.name: _keys(layer, bases, adapter_name) for layer in layers}
+        return _Import(output, bridge, adapter, bases, adapter_name, canonical=canonical, dtype=dtype)
 
-    output, bridge, adapter, layers, keys = jointly(workers, look)
-    specs: dict[str, TensorSpec] = {
-        keys[layer.name][factor]: (dtype, shape, [((0,) * len(shape), shape)])
-        for layer in layers
-        for factor, (shape, dtype) in layer.factors.items()
-    }
-    laid = plan_dcp(specs, {})
-    settings = {adapter_name: {layer.name: layer.settings for layer in layers}}
-
-    def values(mine: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
-        for layer in mine:
-            _, factors = adapter.read(layer.base.name, layer.number, canonical=canonical)
-            for factor, (_, dtype) in layer.factors.items():
-                yield keys[layer.name][factor], factors[factor].to(torch_dtype(dtype)).contiguous()
-
-    def prepare(folder: Path) -> None:
-        (folder / ITERATION).mkdir()
-        write_frames(folder / ITERATION, laid)
-
-    def finish(folder: Path) -> None:
-        write_side_files(folder / ITERATION, settings, bridge.config)
-        write_metadata(folder / ITERATION, laid)
-        (folder / LATEST).write_text("0", encoding="utf-8")
-
+    found = jointly(workers, look)
     write_folder(
-        output,
-        sum(laid.files.values()),
+        found.output,
+        sum(found.laid.files.values()),
         workers,
-        prepare,
-        lambda folder, rank, size: _write_values(folder / ITERATION, laid, values(layers[rank::size])),
-        finish,
+        found.prepare,
+        found.write,
+        found.finish,
         overwrite=overwrite,
         durable=durable,
     )
-    nbytes = sum(stored.nbytes for stored in adapter.stored.values())
-    return AdapterReport(output=output, layers=len(layers), tensors=len(specs), nbytes=_nbytes(laid), read=nbytes)
+    return AdapterReport(
+        output=found.output,
+        layers=len(found.layers),
+        tensors=len(found.laid.tensors),
+        nbytes=sum(chunk.nbytes for chunk in found.laid.placed()),
+        read=sum(stored.nbytes for stored in found.adapter.stored.values()),
+    )
+
+
+class _Import:
+    """What an import writes, known as a whole before a file is made.
+
+    Which ranks a fused layer gets is known only from values: every layer is looked at before any is written.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        bridge: AutoBridge,
+        adapter: HfAdapter,
+        bases: Bases,
+        name: str,
+        *,
+        canonical: bool,
+        dtype: str | None,
+    ) -> None:
+        self.output, self.adapter = output, adapter
+        self._bridge, self._name, self._canonical = bridge, name, canonical
+        self.layers = [_layer(adapter, key, canonical, dtype) for key in adapter.layers]
+        self._keys = {layer.name: _keys(layer, bases, name) for layer in self.layers}
+        specs: dict[str, TensorSpec] = {
+            self._keys[layer.name][factor]: (dtype, shape, [((0,) * len(shape), shape)])
+            for layer in self.layers
+            for factor, (shape, dtype) in layer.factors.items()
+        }
+        self.laid = plan_dcp(specs, {})
+
+    def prepare(self, folder: Path) -> None:
+        (folder / ITERATION).mkdir()
+        write_frames(folder / ITERATION, self.laid)
+
+    def write(self, folder: Path, rank: int, size: int) -> None:
+        _write_values(folder / ITERATION, self.laid, self._values(self.layers[rank::size]))
+
+    def finish(self, folder: Path) -> None:
+        settings = {self._name: {layer.name: layer.settings for layer in self.layers}}
+        write_side_files(folder / ITERATION, settings, self._bridge.config)
+        write_metadata(folder / ITERATION, self.laid)
+        (folder / LATEST).write_text("0", encoding="utf-8")
+
+    def _values(self, mine: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
+        for layer in mine:
+            _, factors = self.adapter.read(layer.base.name, layer.number, canonical=self._canonical)
+            for factor, (_, dtype) in layer.factors.items():
+                yield self._keys[layer.name][factor], factors[factor].to(torch_dtype(dtype)).contiguous()
 
 
 def bridge_of(
@@ -278,7 +308,3 @@ def _write_values(folder: Path, laid: DcpLayout, values: Iterator[tuple[str, Ten
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-
-
-def _nbytes(laid: DcpLayout) -> int:
-    return sum(chunk.nbytes for chunk in laid.placed())

@@ -238,6 +238,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _check_options(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(
+            "only LoRA can be imported", where=path, expected="peft_type LORA", got=config.get("peft_type")
+        )
+    for name, neutral in _NEUTRAL.items():
+        if name in config and config[name] not in neutral:
+            raise ConfigError(
+                "an adapter uses an option that is not imported",
+                where=f"{path}: {name}",
+                expected=repr(neutral[0]),
+                got=repr(config[name]),
+                fix="merge the adapter into its model with PEFT, and import the model",
+            )
+
+
 def read(folder: Path) -> PeftConfig:
     """The configuration of an adapter folder.
 
@@ -257,19 +273,7 @@ def read(folder: Path) -> PeftConfig:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA":
-            raise ConfigError(
-                "only LoRA can be imported", where=path, expected="peft_type LORA", got=config.get("peft_type")
-            )
-        for name, neutral in _NEUTRAL.items():
-            if name in config and config[name] not in neutral:
-                raise ConfigError(
-                    "an adapter uses an option that is not imported",
-                    where=f"{path}: {name}",
-                    expected=repr(neutral[0]),
-                    got=repr(config[name]),
-                    fix="merge the adapter into its model with PEFT, and import the model",
-                )
+        _check_options(config, path)
         return PeftConfig(
             r=int(config["r"]),
             alpha=config.get("lora_alpha", 8),

@@ -15,7 +15,7 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, CoverageError, preview
 from bridge_core.runtime.live import unwrap
 from bridge_core.runtime.load import default_group
-from bridge_core.runtime.megatron_ckpt import sharded_state
+from bridge_core.runtime.megatron_ckpt import load_state, save_state, sharded_state
 from bridge_core.runtime.own_world import OwnWorld
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_peft.apply import adapters_named
@@ -56,8 +56,6 @@ def save_adapter_ckpt(
     Raises:
         BridgeError: on every rank.
     """
-    from megatron.core import dist_checkpointing
-
     workers = TorchWorkers(group or default_group())
     output = Path(path) / f"iter_{iteration:07d}"
     workers.together(lambda: check_free(output, overwrite=overwrite))
@@ -74,12 +72,15 @@ def save_adapter_ckpt(
     if not adapters:
         raise ConfigError("the model has no adapter", where=output, expected="apply_lora", got="none on any rank")
 
+    def state() -> dict[str, Any]:
+        chunks = sharded_state(model, groups).items()
+        found: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
+        return found | {chunk: adapter_entries(entries) for chunk, entries in chunks}
+
     with OwnWorld() as world:
 
         def fill(folder: Path, rank: int, size: int) -> None:
-            state: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
-            state |= {chunk: adapter_entries(entries) for chunk, entries in sharded_state(model, groups).items()}
-            world.step(lambda: dist_checkpointing.save(state, str(folder)))
+            world.step(lambda: save_state(state(), folder, where=output))
 
         def finish(folder: Path) -> None:
             text = write_settings(adapters, bridge.config)
@@ -107,14 +108,14 @@ def load_adapter_ckpt(model: Any, path: str | Path, *, groups: Any = None, group
     Raises:
         BridgeError: on every rank.
     """
-    from megatron.core import dist_checkpointing
-
     workers = TorchWorkers(group or default_group())
     folder = jointly(workers, lambda: find_checkpoint(path))
 
+    def wanted() -> dict[str, Any]:
+        return {name: adapter_entries(state) for name, state in sharded_state(model, groups).items()}
+
     def load() -> None:
-        wanted: dict[str, Any] = {name: adapter_entries(state) for name, state in sharded_state(model, groups).items()}
-        loaded: Any = world.step(lambda: dist_checkpointing.load(wanted, str(folder)))
+        loaded: Any = world.step(lambda: load_state(wanted(), folder))
         chunks = unwrap(model)
         for number, chunk in enumerate(chunks):
             values = loaded["model" if len(chunks) == 1 else f"model{number}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from bridge_core.runtime.load import default_group
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_peft.apply import LoraReport, apply_lora
 from bridge_peft.config import LoraConfig
-from bridge_peft.converting.adapter_file import AdapterFile
+from bridge_peft.converting.adapter_file import AdapterFile, Layer
 from bridge_peft.converting.bases import Bases, bases_for
-from bridge_peft.converting.exclude import warn_unused
+from bridge_peft.converting.exclude import warn_changed_base, warn_unused
 from bridge_peft.converting.gather import Held, Share
 from bridge_peft.converting.hf_adapter import HfAdapter, open_adapter
 from bridge_peft.converting.layouts import Target, check_target
@@ -89,42 +88,16 @@ def save_hf_adapter(
     group = group or default_group()
     workers = TorchWorkers(group)
     output = real_path(Path(path))
-
-    def check() -> None:
-        check_free(output, overwrite=overwrite)
-        check_target(target)
-        lora_dtype_name(dtype, where="dtype")
-
-    workers.together(check)
-    bases = bases_of(bridge, model, group)
-    held = Held(model, bases, adapter_name, exclude=exclude_adapter_base_prefix, group=group)
-
-    def lay_out() -> AdapterFile:
-        name = base_model or name_of(bridge)
-        return AdapterFile(held.layers, bases, check_target(target), dtype=dtype, base_model=name)
-
-    file = jointly(workers, lay_out)
-    _note(held, exclude_adapter_base_prefix, workers.rank)
-
-    def fill(folder: Path, rank: int, size: int) -> int:
-        whole = held.whole(bucket_bytes, to=0)
-        if rank > 0:
-            for _ in whole:
-                pass
-            return 0
-        try:
-            return file.write(folder, whole)
-        except Exception:
-            for _ in whole:  # the others still expect this rank's share of every sum
-                pass
-            raise
-
+    workers.together(lambda: check_free(output, overwrite=overwrite))
+    held, file = _laid_out(
+        model, bridge, adapter_name, dtype, target, base_model or name_of(bridge), exclude_adapter_base_prefix, group
+    )
     write_folder(
         output,
         file.laid.nbytes,
         workers,
         file.create,
-        fill,
+        lambda folder, rank, size: _write(file, folder, held.whole(bucket_bytes, to=0), rank),
         file.finish,
         overwrite=overwrite,
         durable=durable,
@@ -136,6 +109,44 @@ def save_hf_adapter(
         nbytes=file.laid.nbytes - len(file.laid.header),
         left_out=tuple(sorted(held.excluded)),
     )
+
+
+def _laid_out(
+    model: Any,
+    bridge: AutoBridge,
+    adapter_name: str,
+    dtype: str | None,
+    target: str,
+    base_model: str | None,
+    exclude: Sequence[str],
+    group: Any,
+) -> tuple[Held, AdapterFile]:
+    """What this rank holds of an adapter, and the file that all of it makes. Collective."""
+    workers = TorchWorkers(group)
+
+    def check() -> Target:
+        lora_dtype_name(dtype, where="dtype")
+        return check_target(target)
+
+    layout = jointly(workers, check)
+    bases = bases_of(bridge, model, group)
+    held = Held(model, bases, adapter_name, exclude=exclude, group=group)
+    file = jointly(workers, lambda: AdapterFile(held.layers, bases, layout, dtype=dtype, base_model=base_model))
+    if workers.rank == 0:
+        warn_unused(exclude, held.excluded)
+        if any(layer.settings.changes_base for layer in held.layers):
+            warn_changed_base()
+    return held, file
+
+
+def _write(file: AdapterFile, folder: Path, whole: Iterator[tuple[Layer, dict[str, Tensor]]], rank: int) -> None:
+    """Write the file on the first rank. All ranks take every layer, also after an error."""
+    try:
+        if rank == 0:
+            file.write(folder, whole)
+    finally:
+        for _ in whole:  # the others still expect this rank's share of every sum
+            pass
 
 
 def export_adapter_weights(
@@ -160,27 +171,10 @@ def export_adapter_weights(
             `save_hf_adapter`.
     """
     group = group or default_group()
-    workers = TorchWorkers(group)
-    layout: Target = jointly(workers, lambda: check_target(target))
-    bases = bases_of(bridge, model, group)
-    held = Held(model, bases, adapter_name, exclude=exclude_adapter_base_prefix, group=group)
-    file = jointly(workers, lambda: AdapterFile(held.layers, bases, layout, dtype=dtype, base_model=None))
-    _note(held, exclude_adapter_base_prefix, workers.rank)
+    held, file = _laid_out(model, bridge, adapter_name, dtype, target, None, exclude_adapter_base_prefix, group)
     for layer, factors in held.whole(bucket_bytes):
         for name, tensor in file.tensors(layer, factors):
             yield name, tensor.cpu() if cpu else tensor
-
-
-def _note(held: Held, exclude: Sequence[str], rank: int) -> None:
-    if rank > 0:
-        return
-    warn_unused(exclude, held.excluded)
-    if held.changes_base:
-        warnings.warn(
-            "the adapter's first values were taken out of the base weights (pissa, olora): it belongs to the base "
-            "as it is now; save that too (AutoBridge.save_hf_pretrained)",
-            stacklevel=4,
-        )
 
 
 def load_hf_adapter(

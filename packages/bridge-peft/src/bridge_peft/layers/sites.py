@@ -35,6 +35,8 @@ _KINDS: dict[str, tuple[Mode, bool]] = {
     "HostDuplicatedLinear": ("replicated", False),
 }
 _EXPERT = re.compile(r"(?:^|\.)experts\.(?:local_experts\.(\d+)\.)?linear_fc[12]$")
+# megatron-core 0.19 calls the layer inside of a prediction layer otherwise than its checkpoints, and 0.16.1, do.
+_PREDICTION = re.compile(r"^(mtp\.layers\.\d+\.)mtp_model_layer\.(?!layers\.)")
 _LOCAL_EXPERT = re.compile(r"(\.experts)\.local_experts\.\d+(?=\.)")
 
 
@@ -227,4 +229,4 @@ def _global_name(path: str, numbers: dict[str, int]) -> str:
     for layer, number in numbers.items():
         if path.startswith(f"{layer}."):
             name = f"{layer.rpartition('.')[0]}.{number}{path[len(layer) :]}"
-    return _LOCAL_EXPERT.sub(r"\1", name)
+    return _PREDICTION.sub(r"\1transformer_layer.", _LOCAL_EXPERT.sub(r"\1", name))

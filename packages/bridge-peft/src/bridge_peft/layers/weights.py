@@ -42,6 +42,33 @@ def used_weights(site: Site) -> list[Tensor]:
     return [weight if quantizer is None else quantizer(weight) for weight, quantizer in pairs]
 
 
+@torch.no_grad()
+def recalibrate(site: Site) -> None:
+    """Let weight quantizers measure the weights as they are; input quantizers stay. Collective over the layer's group.
+
+    Ranges that a cut of the weight runs through are made equal on the ranks that hold it, as ModelOpt's calibration
+    does (modelopt 0.47, model_calib.py, `max_calibrate`): those of the whole tensor, and those of rows that are cut.
+    """
+    from modelopt.torch.quantization.model_calib import enable_stats_collection, finish_stats_collection
+
+    pairs = list(zip(site.weights(), weight_quantizers(site), strict=True))
+    quantizers = list({id(quantizer): quantizer for _, quantizer in pairs if quantizer is not None}.values())
+    leaves = [leaf for q in quantizers for leaf in q.modules() if type(leaf).__name__ == "TensorQuantizer"]
+    for leaf in leaves:
+        leaf.reset_amax()
+    for quantizer in quantizers:
+        enable_stats_collection(quantizer)
+    for weight, quantizer in pairs:
+        if quantizer is not None:
+            quantizer(weight)
+    for quantizer in quantizers:
+        finish_stats_collection(quantizer)
+    for leaf in leaves:
+        cut = leaf.axis is None or (site.linear.mode == "row" and leaf.axis == 0)
+        if cut and leaf.block_sizes is None and leaf.amax is not None and site.linear.mode != "replicated":
+            torch.distributed.all_reduce(leaf._amax, torch.distributed.ReduceOp.MAX, group=site.group)
+
+
 def input_scale(site: Site) -> Tensor | None:
     """What a smoothed layer multiplies its input with before its weight, [in]; None if it is not smoothed."""
     quantizer = getattr(site.module, "input_quantizer", None)

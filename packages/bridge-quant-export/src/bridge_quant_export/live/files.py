@@ -129,10 +129,13 @@ class PackedFiles(SharedFiles):
         given = torch.zeros(box.shape, dtype=dtype, device=tensor.device) if part is None else part
         height = shape[0]
         flat_rows = given.reshape(height, -1).contiguous().view(torch.uint8)
-        rows, band = exchange(flat_rows, (height, flat_rows.shape[1] * group.size()), group.rank(), group.size(), group)
+        width = flat_rows.shape[1] * group.size()
+        # Packed, a weight has fewer bytes than the parameter for which the room was made.
+        parts, band = exchange(flat_rows, (height, width), group.rank(), group.size(), group, self.room)
         self.exchanges += 1
         self.sent += flat_rows.nbytes - flat_rows.nbytes * band.shape[0] // height
         own = Box((band.start[0], *(0 for _ in shape[1:])), (band.shape[0], *shape[1:]))
+        rows = parts.transpose(0, 1).reshape(band.shape)
         return rows.view(given.dtype).reshape(own.shape), own
 
     def _put_all(self, name: str, part: Tensor, box: Box, shape: Shape) -> None:
