@@ -21,6 +21,12 @@ INT4 = FP8 | {"_num_bits": 4, "_block_sizes": {-1: 128, "type": "static"}}
 OFF = FP8 | {"_disabled": True}
 
 
+def save(folder, state):
+    """Lists stay objects, as megatron-core saves them."""
+    planner = checkpoint.DefaultSavePlanner(flatten_state_dict=False)
+    checkpoint.save(state, checkpoint_id=folder, no_dist=True, planner=planner)
+
+
 def write(folder, settings, tensors):
     """A torch_dist folder with the state of one module, under the keys of ModelOpt 0.47 for stacked experts."""
     buffer = io.BytesIO()
@@ -28,7 +34,7 @@ def write(folder, settings, tensors):
     state = [torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)]
     objects = {f"{MODULE}._extra_state/shard_{expert}_{EXPERTS}": state for expert in range(EXPERTS)}
     found = {f"{MODULE}.{name}": tensor for name, tensor in tensors.items()}
-    checkpoint.save({**objects, **found}, checkpoint_id=folder, no_dist=True)
+    save(folder, {**objects, **found})
     return _Saved(read_dcp(folder))
 
 
@@ -80,10 +86,7 @@ def test_what_is_switched_off_or_no_state_is_unquantised_or_refused(tmp_path):
     assert saved.layer(place(0), SHAPE, gated=False) is None
     other = Place("decoder.layers.0.mlp.linear_fc2.weight", (), (), Box((0, 0), SHAPE))
     assert saved.layer(other, SHAPE, gated=False) is None
-    checkpoint.save(
-        {f"{MODULE}._extra_state/shard_0_{EXPERTS}": [torch.ones(9, dtype=torch.uint8)], "x": torch.zeros(1)},
-        checkpoint_id=tmp_path / "broken",
-        no_dist=True,
-    )
+    broken = {f"{MODULE}._extra_state/shard_0_{EXPERTS}": [torch.ones(9, dtype=torch.uint8)], "x": torch.zeros(1)}
+    save(tmp_path / "broken", broken)
     with pytest.raises(BridgeError, match="cannot be read"):
         _Saved(read_dcp(tmp_path / "broken")).layer(place(0), SHAPE, gated=False)

@@ -11,6 +11,7 @@ after those of another, its gate before its up. Dense gated weights are stored a
 from __future__ import annotations
 
 import io
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -166,7 +167,7 @@ class _Saved:
             if not isinstance(state, Tensor) or not state.numel():
                 return {}
             found = torch.load(io.BytesIO(state.numpy().tobytes()), weights_only=True)
-        except (ValueError, TypeError, RuntimeError, OSError) as error:
+        except (pickle.UnpicklingError, ValueError, TypeError, RuntimeError, OSError, EOFError) as error:
             raise CheckpointError(
                 "the settings of quantisers cannot be read",
                 where=f"{self._dcp.path}: {key}",
