@@ -30,6 +30,7 @@ from bridge_quant_export.formats.format import WRITERS
 from bridge_quant_export.formats.packing import pack, unpack
 from bridge_quant_export.readers import readers_of
 
+DOWN = "model.layers.0.mlp.down_proj"
 WRITABLE = [(name, writer) for name in FORMATS for writer in WRITERS if readers_of(writer, FORMATS[name])]
 
 
@@ -138,6 +139,16 @@ def test_experts_and_formats_by_layer(plain, tmp_path, writer):
     }
 
 
+def test_folders_packed_by_different_methods_are_compared_as_they_are_read(plain, tmp_path):
+    one, other = (
+        write_packed(plain("qwen3"), tmp_path / writer, lambda module: "fp8", writer)[0] for writer in WRITERS
+    )
+    verify(one, other)
+    change(other, lambda tensors: tensors.update({f"{DOWN}.weight_scale": tensors[f"{DOWN}.weight_scale"] * 2}))
+    with pytest.raises(BridgeError, match="down_proj"):
+        verify(one, other)
+
+
 def test_fp32_models_are_read_without_rounding(plain, tmp_path):
     packed, read = write_packed(plain("qwen3"), tmp_path, lambda module: "int4", "compressed-tensors", dtype="float32")
     assert open_hf(packed).tensors["model.layers.0.mlp.up_proj.weight"].dtype == "F32"
@@ -182,7 +193,6 @@ def test_targets_by_expression_and_inputs_quantised_otherwise(plain, tmp_path):
     verify(tmp_path / "megatron", read)
 
 
-DOWN = "model.layers.0.mlp.down_proj"
 BROKEN = {
     "a scale is missing": (lambda t: t.pop(f"{DOWN}.weight_scale_2"), "is missing"),
     "no scale at all": (lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{DOWN}.weight_")], "another shape"),
