@@ -65,10 +65,9 @@ def test_load_run_save_and_stream(rank_pool, models, tmp_path, name, layout, spe
 @pytest.mark.parametrize(
     "layout", [{"tp": 2, "pp": 2, "ep": 2, "etp": 1, "dp": 2}, {"tp": 2, "pp": 2, "ep": 2, "etp": 2, "dp": 2}]
 )
-def test_eight_ranks(models, tmp_path, layout):
+def test_eight_ranks(eight_ranks, models, tmp_path, layout):
     folder, logits = models("qwen3_moe")
-    with RankPool(8) as pool:
-        check_round_trip(pool, folder, logits, layout, "host", tmp_path / "out")
+    check_round_trip(eight_ranks, folder, logits, layout, "host", tmp_path / "out")
 
 
 def check_round_trip(pool, folder, logits, layout, spec, out):
