@@ -125,7 +125,7 @@ class AutoBridge:
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             inventory=folder.shapes if folder else None,
             ignore=self.ignore,
-            codec=self.codec,
+            codec=folder.codec if folder else self.codec,
             quantised=folder.quantised if folder else None,
         )
 

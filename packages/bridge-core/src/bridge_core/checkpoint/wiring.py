@@ -39,6 +39,7 @@ from bridge_core.checkpoint.megatron_folder import MegatronFolder, check_no_adap
 from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError, ConfigError
 from bridge_core.geometry import Box, Piece, Shape, restrict
@@ -319,11 +320,13 @@ def export_jobs(plan: Plan, wired: Wired, layout: HfLayout, folder: Path, *, dty
         for name, (offset, dtype, shape) in file.tensors.items()
     }
     codec = plan.codec
-    if codec is not None:
+    if isinstance(codec, Fp8Blocks):
         plain = wired.hf_dtypes(dtype)
         for name in plan.quantised:
             scales = placed.pop(codec.scale_name(name))
-            placed[name] = placed[name]._replace(dtype=plain[name], encoded=Encoded(codec, scales))
+            placed[name] = placed[name]._replace(
+                dtype=plain[name], encoded=Encoded(codec, name, (placed[name], scales))
+            )
     return [Job(target, tuple(parts[name]), shift=shifts.get(name, 0.0)) for name, target in placed.items()]
 
 

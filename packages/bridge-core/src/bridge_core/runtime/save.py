@@ -23,6 +23,7 @@ from bridge_core.checkpoint.hf_layout import HfLayout, as_written, lay_out_files
 from bridge_core.checkpoint.hf_output import carried_files, copy_files, create_weight_files, finish_hf_folder
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
 from bridge_core.checkpoint.workers import jointly
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.families import Family, Fields
@@ -320,7 +321,7 @@ class SharedFiles:
     def _write_quantised(self, tensor: Tensor, piece: Piece) -> None:
         """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
         codec, name = self.live.plan.codec, piece.target.tensor
-        assert codec is not None
+        assert isinstance(codec, Fp8Blocks)
         shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
         codes, back = quantised(tensor, piece, shape, scales, codec)
         codes, scales = codes.cpu(), scales.contiguous().cpu().view(-1)

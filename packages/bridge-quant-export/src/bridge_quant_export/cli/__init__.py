@@ -1,4 +1,4 @@
-"""`bridge-quant-export`: inspect, verify and retag quantised checkpoint folders.
+"""`bridge-quant-export`: export saved models; inspect, verify and retag quantised checkpoint folders.
 
 Exit codes: 0 all is well; 1 an error, or a verification that found something wrong; 2 wrong usage; 130 interrupted.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from bridge_core.cli.options import UsageError, parse
 from bridge_core.errors import BridgeError
 from bridge_quant_export import __version__
-from bridge_quant_export.cli.verbs import Inspect, Retag, Verify
+from bridge_quant_export.cli.verbs import Export, Inspect, Retag, Verify
 
 PROGRAM = "bridge-quant-export"
 DESCRIPTION = """\
@@ -20,7 +20,7 @@ Quantised checkpoints for serving engines: what they hold, whether they are soun
 
 Live models are exported with bridge_quant_export.export_quantized. Every verb has its own --help."""
 
-VERBS: dict[str, type[Any]] = {"inspect": Inspect, "verify": Verify, "retag": Retag}
+VERBS: dict[str, type[Any]] = {"export": Export, "inspect": Inspect, "verify": Verify, "retag": Retag}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
