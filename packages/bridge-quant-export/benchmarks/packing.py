@@ -128,6 +128,7 @@ def main() -> None:
         "formats": {name: compare(name, weight, arguments.rounds) for name in FORMATS if name in _THEIRS},
     }
     if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     table(results)
 

@@ -26,6 +26,8 @@ CONFIGS = {
     "int8": "INT8_DEFAULT_CFG",
     "int8_weight_only": "INT8_WEIGHT_ONLY_CFG",
 }
+MIXED = "mixed"
+"""FP8 attention, NVFP4 feed-forward networks and experts."""
 _SCALED = ("int4_awq", "w4a8_awq")
 
 
@@ -35,8 +37,13 @@ def quantise(chunks: list[Any], pg: Any, name: str, *, kv: bool = False) -> None
 
     from bridge_quant_export import prepare_for_modelopt
 
-    config = copy.deepcopy(getattr(mtq, CONFIGS[name]))
+    config = copy.deepcopy(getattr(mtq, CONFIGS["fp8" if name == MIXED else name]))
     config["algorithm"] = "max"
+    if name == MIXED:
+        fp4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}, "axis": None}
+        names = [f"*mlp*{which}_quantizer" for which in ("weight", "input")]
+        added = [{"quantizer_name": quantizer, "cfg": fp4, "enable": True} for quantizer in names]
+        config["quant_cfg"] = [*config["quant_cfg"], *added]
     if kv:
         extra = [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}, "enable": True}]
         config["quant_cfg"] = [*config["quant_cfg"], *extra]
@@ -83,7 +90,7 @@ def give_ranges(chunk: Any, pg: Any, name: str) -> None:
     for place, module in _linears(chunk):
         inputs = module.input_quantizer
         per_tensor = not inputs._dynamic and inputs.block_sizes is None
-        if inputs.is_enabled and (per_tensor or name == "nvfp4"):
+        if inputs.is_enabled and (per_tensor or name in ("nvfp4", MIXED)):
             inputs.amax = torch.tensor(1.0 + _number(place))
         if name in _SCALED:
             inputs.pre_quant_scale = _scale_of(module, pg, place)
@@ -237,12 +244,13 @@ def refuse(
     from bridge_core import AutoBridge, BridgeError
     from bridge_core.runtime.host import host_backend
     from bridge_quant_export import export_quantized
-    from bridge_quant_export.live import files
+    from bridge_quant_export.live import files, one_writer
 
     warnings.simplefilter("ignore")
     last = everywhere or dist.get_rank() == dist.get_world_size() - 1
     bridge = AutoBridge.from_hf_pretrained(path)
-    original_pack, original_put = files.pack, files.PackedFiles.put
+    kind = one_writer.OwnedFiles if (options or {}).get("one_writer_per_file") else files.PackedFiles
+    original_pack, original_put = files.pack, kind.put
     with host_backend():
         pg, chunks = build_loaded(bridge, layout, "host", grouped=True)
         if spoil != "not quantised":
@@ -252,13 +260,13 @@ def refuse(
         if last and spoil == "packing fails":
             files.pack = _no_memory
         if last and spoil == "a tensor is forgotten":
-            files.PackedFiles.put = _forgetful(original_put)
+            kind.put = _forgetful(original_put)
         try:
             export_quantized(chunks, out, bridge=bridge, groups=pg, **(options or {}))
         except (BridgeError, MemoryError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
-            files.pack, files.PackedFiles.put = original_pack, original_put
+            files.pack, kind.put = original_pack, original_put
     return "no error"
 
 
@@ -351,3 +359,20 @@ def export_often(path: str, layout: dict[str, Any], out: str, times: int) -> lis
         finally:
             files.pack = original
     return sizes
+
+
+def load_packed(path: str, layout: dict[str, Any], out: str, *, one_reader: bool = False) -> Any:
+    """Load a packed folder into a live model, and save the model's weights plain; this rank's report of loading."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    options = {"one_reader_per_node": True, "node_group": dist.group.WORLD} if one_reader else {}
+    with host_backend():
+        _, pg, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
+        report = bridge.load_hf_weights(chunks, groups=pg, **options)
+        bridge.save_hf_pretrained(chunks, out, groups=pg, dtype="bfloat16")
+    return report

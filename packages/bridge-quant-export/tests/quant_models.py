@@ -17,15 +17,15 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
 
 
-def make(name: str, folder: Path) -> Path:
-    """Save `qwen3` or `qwen3_moe` as transformers does, in fp32."""
+def make(name: str, folder: Path, **changes: int) -> Path:
+    """Save `qwen3` or `qwen3_moe` as transformers does, in fp32; `changes` are options of its configuration."""
     import torch
     import transformers
 
     from bridge_core.testing.hf_models import save_model
 
     kind, options = {"qwen3": ("Qwen3", {}), "qwen3_moe": ("Qwen3Moe", EXPERTS)}[name]
-    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | options | changes)
     torch.manual_seed(7)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(11)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from live_jobs import CONFIGS, export
+from live_jobs import CONFIGS, MIXED, export
 from quant_models import make
 from safetensors import safe_open
 
@@ -147,6 +147,45 @@ def test_configurations_name_every_expert_and_exclude_the_rest(single):
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == quantization["exclude_modules"]
     assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("qwen3", {"tp": 2, "pp": 2}), ("qwen3_moe", {"ep": 2, "dp": 2})], ids=["tp2pp2", "ep2"]
+)
+def test_several_formats_in_one_model(rank_pool, models, tmp_path, name, layout):
+    pairs = [(MIXED, writer) for writer in WRITERS]
+    for out, sizes in (("one", {}), ("many", layout)):
+        ranks = range(ParallelLayout(**sizes).world_size)
+        rank_pool.run(export, str(models(name)), sizes, str(tmp_path / out), pairs, ranks=ranks)
+    for _, writer in pairs:
+        folder = tmp_path / "many" / f"{MIXED}-{writer}"
+        check_same(tmp_path / "one" / f"{MIXED}-{writer}", folder)
+        found = verify_quantized(folder, models(name), tolerance=0.17)
+        assert found.ok, found.wrong[:3]
+        assert {error.format for error in found.errors} == {"fp8", "nvfp4"}
+    layers = json.loads((tmp_path / "many" / f"{MIXED}-modelopt" / "hf_quant_config.json").read_text())
+    # Every expert by its global number, whatever rank holds it.
+    assert len(layers["quantization"]["quantized_layers"]) == 4 * (4 + (3 if name == "qwen3" else 4 * 3))
+
+
+@pytest.mark.parametrize("bucket_bytes", [5_000, 256 * 1024 * 1024])
+def test_one_writer_for_each_file(rank_pool, models, tmp_path, bucket_bytes):
+    """The same bytes; every file opened by one rank, whatever it holds of the model."""
+    pairs, options = [("nvfp4", "modelopt")], {"max_shard_size": 300_000}
+    jobs = {"shared": options, "owned": options | {"one_writer_per_file": True, "bucket_bytes": bucket_bytes}}
+    layout, reports = {"tp": 2, "pp": 2}, {}
+    for out, chosen in jobs.items():
+        found = rank_pool.run(
+            export, str(models("qwen3")), layout, str(tmp_path / out), pairs, ranks=range(4), options=chosen
+        )
+        reports[out] = [report for (report,) in found]
+    check_same(tmp_path / "shared" / "nvfp4-modelopt", tmp_path / "owned" / "nvfp4-modelopt")
+    opened = [name for report in reports["owned"] for name in report.files]
+    names = [file.name for file in (tmp_path / "owned" / "nvfp4-modelopt").glob("*.safetensors")]
+    assert sorted(opened) == sorted(names)
+    assert len(names) > 4
+    totals = {out: sum(report.bytes_written for report in found) for out, found in reports.items()}
+    assert totals["owned"] == totals["shared"]
 
 
 # Widths that do not divide into blocks on a rank: 96 columns on 2 or 4 ranks, 64 on 4.

@@ -60,6 +60,19 @@ def test_a_failure_on_another_stage_is_told_on_all(rank_pool, models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("spoil", ["packing fails", "a tensor is forgotten"])
+def test_failures_with_one_writer_for_each_file(rank_pool, models, tmp_path, spoil):
+    told = rank_pool.run(
+        refuse,
+        *(str(models("qwen3")), {"tp": 2}, str(tmp_path / "out"), spoil),
+        ranks=[0, 1],
+        options={"one_writer_per_file": True},
+    )
+    said = "no memory left" if spoil == "packing fails" else "not written as planned"
+    assert all(said in text for text in told), told
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_in_use(rank_pool, models, tmp_path):
     (tmp_path / "note").write_text("here first")
     told = rank_pool.run(refuse, str(models("qwen3")), {"dp": 2}, str(tmp_path), "nothing", ranks=[0, 1])
@@ -121,9 +134,9 @@ def test_experts_that_no_token_reached(rank_pool, models, tmp_path, layout):
     assert all("no form with unquantised inputs" in text for text, _ in told), told
 
 
-@pytest.mark.slow
-def test_a_hundred_exports_with_ranks_that_come_late(rank_pool, tmp_path):
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_exports_with_ranks_that_come_late(rank_pool, tmp_path, times):
     folder = save_model(make_model("qwen3"), tmp_path / "hf")
-    sizes = rank_pool.run(export_often, str(folder), {"dp": 4}, str(tmp_path / "out"), 100, timeout_s=600)
+    sizes = rank_pool.run(export_often, str(folder), {"dp": 4}, str(tmp_path / "out"), times, timeout_s=600)
     assert len({size for of_rank in sizes for size in of_rank}) == 1
-    assert all(len(of_rank) == 100 for of_rank in sizes)
+    assert all(len(of_rank) == times for of_rank in sizes)

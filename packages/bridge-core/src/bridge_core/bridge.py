@@ -128,7 +128,7 @@ class AutoBridge:
             "dtypes": {name: tensor.dtype for name, tensor in folder.tensors.items()} if folder else {},
             "inventory": folder.shapes if folder else None,
             "ignore": self.ignore,
-            "codec": self.codec,
+            "codec": folder.codec if folder else self.codec,
             "quantised": folder.quantised if folder else None,
         }
 

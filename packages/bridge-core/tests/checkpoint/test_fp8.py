@@ -19,7 +19,8 @@ from fp8_folders import BLOCK, as_read, dequantise, load, quantise, same, write_
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt, verify  # noqa: E402
 from bridge_core.checkpoint import transfer as transfers  # noqa: E402
 from bridge_core.checkpoint.convert import Options  # noqa: E402
-from bridge_core.checkpoint.fp8 import encode, read_bytes  # noqa: E402
+from bridge_core.checkpoint.encoded import read_bytes  # noqa: E402
+from bridge_core.checkpoint.fp8 import encode  # noqa: E402
 from bridge_core.checkpoint.hf_folder import open_hf  # noqa: E402
 from bridge_core.checkpoint.inspect import inspect  # noqa: E402
 from bridge_core.checkpoint.safetensors import Encoded, Stored  # noqa: E402
@@ -38,7 +39,8 @@ def in_file(path, codes: torch.Tensor, scales: torch.Tensor, codec: Fp8Blocks) -
     """Codes and scales one after the other in a file, at odd offsets."""
     path.write_bytes(b"..." + codes.view(torch.uint8).numpy().tobytes() + b"." + scales.numpy().tobytes())
     beside = Stored(str(path), 3 + codes.numel() + 1, "F32", tuple(scales.shape))
-    return Stored(str(path), 3, "BF16", tuple(codes.shape), Encoded(codec, beside))
+    stored = Stored(str(path), 3, codec.dtype, tuple(codes.shape))
+    return stored._replace(dtype="BF16", encoded=Encoded(codec, "weight", (stored, beside)))
 
 
 def random_weight(shape, block, seed=0):
@@ -350,7 +352,7 @@ def test_a_family_that_is_not_published_in_fp8_is_not_exported_so(tmp_path):
 
 
 def test_whole_is_a_region_too():
-    from bridge_core.checkpoint.fp8 import region
+    from bridge_core.checkpoint.encoded import region
 
     view = View("", 0, row_major((7, 5)))
     assert region((7, 5), (7, 5), view) == (whole((7, 5)), view)

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import BridgeError, ConfigError, CoverageError, LayoutError, preview
 from bridge_core.geometry import Shape
@@ -107,7 +107,7 @@ class MimoPlan(Plan):
         inventory: Mapping[str, Shape] | None = None,
         forms: Mapping[str, int] | None = None,
         ignore: Sequence[str] = (),
-        codec: Fp8Blocks | None = None,
+        codec: Codec | None = None,
         quantised: Collection[str] | None = None,
     ) -> None:
         check_component_names(components, layouts)

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bridge_quant_export.live.export import ExportReport, export_quantized
     from bridge_quant_export.prepare import prepare_for_modelopt
+    from bridge_quant_export.saved.export import SavedReport, export_saved
 
 __version__ = "0.1.0"
-__all__ = ["ExportReport", "export_quantized", "prepare_for_modelopt"]
+__all__ = ["ExportReport", "SavedReport", "export_quantized", "export_saved", "prepare_for_modelopt"]
 
 _AT = {
     "ExportReport": "bridge_quant_export.live.export",
     "export_quantized": "bridge_quant_export.live.export",
     "prepare_for_modelopt": "bridge_quant_export.prepare",
+    "SavedReport": "bridge_quant_export.saved.export",
+    "export_saved": "bridge_quant_export.saved.export",
 }
 
 

@@ -220,7 +220,7 @@ def _plan_import(
         codec=source.codec,
         quantised=source.quantised,
     )
-    audit = plan.audit({name: tensor.shape for name, tensor in source.stored.items()})
+    audit = plan.audit({name: tensor.shape for name, tensor in source.stored.items() if name not in source.beside})
     files = options.workers.size * options.threads
     layout, dtypes = lay_out_megatron(plan, source, dtype=options.dtype, files=files)
     main = _main_dtype(layout, dtypes)
@@ -242,7 +242,7 @@ def _plan_import(
         tensors=audit.hf_tensors,
         nbytes=sum(layout.tensors[key].nbytes for key in dtypes),  # an alias in the layout is no second tensor
         room=sum(layout.files.values()),
-        ignored={name: _reason(family.ignored, name) for name in audit.ignored},
+        ignored={name: _reason(family.ignored, name) for name in audit.ignored} | source.beside,
         base=source.path,
         carried=carried,
         prepare=partial(_prepare_import, run_config, source.path, carried),
@@ -335,7 +335,7 @@ def codec_options(fp8: bool, like: HfFolder | None) -> dict[str, Any]:
     """What a `Plan` is told of an export to fp8: the blocks and the weights of `like`, where it is quantised."""
     if not fp8:
         return {}
-    if like is None or like.codec is None:
+    if like is None or not isinstance(like.codec, Fp8Blocks):
         return {"codec": Fp8Blocks()}
     return {"codec": like.codec, "quantised": like.quantised}
 

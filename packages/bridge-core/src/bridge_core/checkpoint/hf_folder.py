@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bridge_core.checkpoint.fp8 import present
+from bridge_core.checkpoint.encoded import present
 from bridge_core.checkpoint.safetensors import Stored, read_header
-from bridge_core.codecs import Fp8Blocks, codec_of
+from bridge_core.codecs import Codec, codec_of
 from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
 from bridge_core.geometry import Shape
 
@@ -30,6 +30,7 @@ class HfFolder:
             tensor with its scales, in the dtype that it is read in.
         stored: the same as they lie in the files: scales are tensors of their own.
         codec: how quantised weights are stored; None for plain weights.
+        beside: tensors of a quantised checkpoint that are no weights and are not read, with the reasons.
         files: weight file to the names of its tensors, in byte order.
         metadata: weight file to its `__metadata__`.
         headers: weight file to the bytes before its tensors.
@@ -39,7 +40,8 @@ class HfFolder:
     config: dict[str, Any]
     tensors: dict[str, Stored] = field(repr=False)
     stored: dict[str, Stored] = field(repr=False)
-    codec: Fp8Blocks | None
+    codec: Codec | None
+    beside: dict[str, str] = field(repr=False)
     files: dict[str, list[str]] = field(repr=False)
     metadata: dict[str, dict[str, str]] = field(repr=False)
     headers: dict[str, bytes] = field(repr=False)
@@ -160,8 +162,8 @@ def open_hf(path: str | Path, *, quantized: bool = False) -> HfFolder:
     if weight_map is not None:
         _check_index(folder, weight_map, files)
     codec = None if quantized else codec_of(config, where=folder)
-    presented = tensors if codec is None else present(tensors, codec, where=folder)
-    return HfFolder(folder, config, presented, tensors, codec, files, metadata, headers)
+    presented, beside = (tensors, {}) if codec is None else present(tensors, codec, where=folder)
+    return HfFolder(folder, config, presented, tensors, codec, beside, files, metadata, headers)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ from math import prod
 
 from bridge_core.checkpoint.hf_folder import SINGLE, HfFolder
 from bridge_core.checkpoint.safetensors import Laid, lay_out, place
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Fp8Blocks, Part
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, preview
 from bridge_core.geometry import Shape
@@ -53,7 +53,7 @@ class HfLayout:
 
 
 def as_written(plan: Plan, dtypes: Mapping[str, str]) -> tuple[dict[str, Shape], dict[str, str]]:
-    """Shapes and dtypes of all tensors to be written: with a codec, every quantised weight is followed by its scales.
+    """Shapes and dtypes of all tensors to be written: with a codec, those that store a quantised weight.
 
     Args:
         plan: of the export.
@@ -65,11 +65,9 @@ def as_written(plan: Plan, dtypes: Mapping[str, str]) -> tuple[dict[str, Shape],
     shapes: dict[str, Shape] = {}
     dtypes = dict(dtypes)
     for name, shape in plan.hf_tensors.items():
-        shapes[name] = shape
-        if name in plan.quantised:
-            scales = codec.scale_name(name)
-            shapes[scales] = codec.scale_shape(shape)
-            dtypes |= {name: codec.dtype, scales: codec.scale_dtype}
+        parts = codec.parts(name, shape) if name in plan.quantised else {name: Part(dtypes[name], shape)}
+        for part, (dtype, extent) in parts.items():
+            shapes[part], dtypes[part] = extent, dtype
     return shapes, dtypes
 
 
@@ -108,8 +106,9 @@ def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str], carrie
     dtypes |= {name: source.tensors[name].dtype for name in carried}
     written = shapes.keys() - ignored
     files: list[Laid] = []
+    read_as = {t.encoded.parts[0]: name for name, t in source.tensors.items() if t.encoded is not None}
     for name, tensors in source.files.items():
-        wanted = [t for tensor in tensors for t in _with_scales(tensor, source, plan)]
+        wanted = [t for tensor in tensors for t in _as_stored(tensor, read_as.get(source.stored[tensor]), source, plan)]
         kept = [(tensor, dtypes[tensor], shapes[tensor]) for tensor in wanted if tensor in written]
         unchanged = wanted == tensors and all(dtype == source.stored[tensor].dtype for tensor, dtype, _ in kept)
         if unchanged and len(kept) == len(tensors):
@@ -126,8 +125,18 @@ def lay_out_like(source: HfFolder, plan: Plan, dtypes: Mapping[str, str], carrie
     return HfLayout(tuple(files))
 
 
-def _with_scales(tensor: str, source: HfFolder, plan: Plan) -> tuple[str, ...]:
-    """A tensor of the source, and the scales that it gets where the source has none."""
-    if plan.codec is None or tensor not in plan.quantised or tensor in source.quantised:
-        return (tensor,)
-    return tensor, plan.codec.scale_name(tensor)
+def _as_stored(tensor: str, weight: str | None, source: HfFolder, plan: Plan) -> tuple[str, ...]:
+    """What is written in place of a tensor of the source: more where scales come, and other names where codes go.
+
+    Args:
+        tensor: a tensor of the source, as it is stored.
+        weight: the weight whose codes it holds; None for any other.
+        source: the folder.
+        plan: of the export.
+    """
+    name = weight or tensor
+    if plan.codec is None or name not in plan.quantised:
+        return (name,)
+    parts = tuple(plan.codec.parts(name, plan.hf_tensors[name]))
+    # Where scales lie is kept, too.
+    return (tensor,) if source.codec == plan.codec and name in source.quantised else parts

@@ -11,8 +11,7 @@ from typing import Any
 from bridge_core.checkpoint.files import create_file
 from bridge_core.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, HfFolder
 from bridge_core.checkpoint.hf_layout import HfLayout
-from bridge_core.codecs import Fp8Blocks
-from bridge_core.codecs.fp8_blocks import OPTION
+from bridge_core.codecs import OPTION, Codec, Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import UnsafeCheckpointError
 
@@ -34,7 +33,7 @@ def finish_hf_folder(
     layout: HfLayout,
     config: Mapping[str, Any],
     *,
-    codec: Fp8Blocks | None = None,
+    codec: Codec | None = None,
     like: HfFolder | None = None,
     dtype: str | None = None,
     quantization: Mapping[str, Any] | None = None,
@@ -52,7 +51,7 @@ def finish_hf_folder(
 def written_config(
     config: Mapping[str, Any],
     layout: HfLayout,
-    codec: Fp8Blocks | None = None,
+    codec: Codec | None = None,
     like: HfFolder | None = None,
     *,
     dtype: str | None = None,
@@ -69,8 +68,8 @@ def written_config(
         quantization: `quantization_config` of files that hold what no codec describes.
     """
     config = {name: value for name, value in config.items() if name != OPTION}
-    if codec is not None:
-        said = like.config[OPTION] if like is not None and like.codec else codec.to_hf()
+    if isinstance(codec, Fp8Blocks):
+        said = like.config[OPTION] if like is not None and like.codec == codec else codec.to_hf()
         config[OPTION] = {name: value for name, value in said.items() if name != "scale_fmt"}  # ours are plain float32
     if quantization is not None:
         config[OPTION] = dict(quantization)
@@ -85,10 +84,13 @@ def written_config(
 def carried_files(folder: HfFolder) -> list[Path]:
     """The files of an HF folder that go along with its weights: tokenizer, generation settings, notes.
 
+    What says how they are quantised stays: weights are written in another form, or that is said anew.
+
     Raises:
         UnsafeCheckpointError: one of them is a link that leaves the folder.
     """
-    return _checked(folder.other_files(), folder.path)
+    left = folder.codec.files if folder.codec is not None else frozenset()
+    return _checked([file for file in folder.other_files() if file.name not in left], folder.path)
 
 
 def stored_assets(base: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from bridge_core.checkpoint.dcp import DcpFolder, DcpTensor, read_dcp
 from bridge_core.checkpoint.keys import Form, Forms, by_block, is_adapter, places, stacked_shape
 from bridge_core.checkpoint.model_config import model_of
 from bridge_core.checkpoint.variant import PLAIN, Variant
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
 from bridge_core.errors import CheckpointError, CoverageError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
@@ -134,7 +134,7 @@ def export_plan(
     *,
     inventory: Mapping[str, Shape] | None = None,
     ignore: Sequence[str] = (),
-    codec: Fp8Blocks | None = None,
+    codec: Codec | None = None,
     quantised: Collection[str] | None = None,
 ) -> Plan:
     """The plan of a checkpoint's model; the vocabulary's padding is what the checkpoint has.

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Shape
@@ -47,17 +47,16 @@ class Stored(NamedTuple):
 
     @property
     def parts(self) -> tuple[Stored, ...]:
-        """The tensors as they lie in files: itself, or codes and scales."""
-        if self.encoded is None:
-            return (self,)
-        return self._replace(dtype=self.encoded.codec.dtype, encoded=None), self.encoded.scales
+        """The tensors as they lie in files: itself, or codes, scales and so on."""
+        return (self,) if self.encoded is None else self.encoded.parts
 
 
 class Encoded(NamedTuple):
-    """How a quantised tensor is stored: its codec, and where its scales lie."""
+    """How a quantised tensor is stored: its codec, its name, and where its parts lie, the codes first."""
 
-    codec: Fp8Blocks
-    scales: Stored
+    codec: Codec
+    weight: str
+    parts: tuple[Stored, ...]
 
 
 class Laid(NamedTuple):

@@ -21,9 +21,11 @@ from operator import itemgetter
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
+from bridge_core.checkpoint.encoded import decode, read_bytes, region
 from bridge_core.checkpoint.files import OpenFiles, copy_run, write_all
-from bridge_core.checkpoint.fp8 import decode, encode, read_bytes, region
+from bridge_core.checkpoint.fp8 import encode
 from bridge_core.checkpoint.safetensors import Stored
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Box, Piece, Shape, View, restrict, row_major, run_length, runs, slabs
@@ -256,7 +258,8 @@ class _Worker:
         import numpy as np
 
         assert target.encoded is not None
-        codec, stored = target.encoded
+        codec, _, (_, stored) = target.encoded
+        assert isinstance(codec, Fp8Blocks)
         width = target.shape[1]
         where = f"{target.path}, tensor at byte {target.offset}"
         codes, scales = encode(buffer.reshape(-1, width), codec, where=where)
@@ -294,8 +297,7 @@ def values_of(source: Stored, piece: Piece, files: OpenFiles) -> np.ndarray:
     if source.encoded is None or not piece.numel:
         return strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
     box, view = region(source.shape, piece.shape, piece.source)
-    codes, scales = (files.array(part) for part in source.parts)
-    return strided(decode(codes, scales, source, box), piece.shape, view.offset, view.strides)
+    return strided(decode(source, box, files.array), piece.shape, view.offset, view.strides)
 
 
 def _check_range(view: np.ndarray, values: np.ndarray, dtype: str, source: Stored) -> None:
@@ -354,6 +356,7 @@ def _pieces_of_target(job: Job) -> Iterator[Box]:
     if encoded is None:
         yield from slabs(shape, most)
         return
+    assert isinstance(encoded.codec, Fp8Blocks)
     height = encoded.codec.rows
     rows = max(height, most // max(prod(shape[1:]), 1) // height * height)
     for start in range(0, shape[0], rows):

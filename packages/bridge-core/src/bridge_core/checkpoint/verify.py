@@ -28,7 +28,7 @@ from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, 
 from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.variant import PLAIN, Variant
 from bridge_core.checkpoint.wiring import export_jobs
-from bridge_core.codecs import codec_of
+from bridge_core.codecs import OPTION
 from bridge_core.errors import ConfigError, CoverageError, VerificationError, preview
 from bridge_core.families import family_for
 from bridge_core.geometry import Piece, Shape, View, row_major
@@ -199,8 +199,9 @@ def _open_both(a: Path, b: Path, variant: Variant) -> tuple[_Side, _Side]:
     configs = [folder.config for folder in folders]
     config = configs[0] if configs else None
     shapes = folders[0].shapes if folders else None
-    # Two quantised folders are compared as they are stored, and one with any other as it is read.
-    as_stored = len(configs) == 2 and all(codec_of(config) for config in configs)
+    # Two folders quantised by one method are compared as they are stored, and one with any other as it is read.
+    methods = [folder.config[OPTION].get("quant_method") for folder in folders if folder.codec is not None]
+    as_stored = len(methods) == 2 and len(set(methods)) == 1
     first, second = (
         _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config, shapes, variant)
         for path in (a, b)

@@ -34,6 +34,7 @@ from bridge_core.checkpoint.megatron_files import extra_state_object
 from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.zips import ALIGNMENT
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Box, Piece, Shape, View, restrict, row_major
 from bridge_core.patterns import fill
@@ -206,11 +207,13 @@ def export_jobs(
         for name, (offset, dtype, shape) in file.tensors.items()
     }
     codec = plan.codec
-    if codec is not None:
+    if isinstance(codec, Fp8Blocks):
         plain = wired.hf_dtypes(dtype) | {name: cast_to(tensor.dtype, dtype) for name, tensor in others.items()}
         for name in plan.quantised:
             scales = placed.pop(codec.scale_name(name))
-            placed[name] = placed[name]._replace(dtype=plain[name], encoded=Encoded(codec, scales))
+            placed[name] = placed[name]._replace(
+                dtype=plain[name], encoded=Encoded(codec, name, (placed[name], scales))
+            )
     return [Job(target, tuple(parts[name]), shift=shifts.get(name, 0.0)) for name, target in placed.items()]
 
 

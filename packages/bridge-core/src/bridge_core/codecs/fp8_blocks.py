@@ -7,12 +7,19 @@ value is the stored one times the scale of its block. Blocks at the lower and ri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bridge_core.errors import ConfigError
-from bridge_core.geometry import Shape
+from bridge_core.codecs.codec import Found, Part
+from bridge_core.dtypes import numpy_dtype
+from bridge_core.errors import CheckpointError, ConfigError, preview
+from bridge_core.geometry import Box, Shape
 
+if TYPE_CHECKING:
+    import numpy as np
+
+METHOD = "fp8"
 OPTION = "quantization_config"
 _WEIGHT, _SCALE = ".weight", ".weight_scale_inv"
 
@@ -34,6 +41,8 @@ class Fp8Blocks(NamedTuple):
     scale_dtype = "F32"
     presented = "BF16"  # the dtype in which the publisher's formula gives a weight
     largest = 448.0  # of float8_e4m3fn
+    files = frozenset[str]()
+    names_weights = False
 
     def scale_name(self, weight: str) -> str:
         """Name of the tensor that holds a weight's scales."""
@@ -46,6 +55,94 @@ class Fp8Blocks(NamedTuple):
     def scale_shape(self, shape: Shape) -> Shape:
         """Blocks down and across a weight [R, C]."""
         return -(-shape[0] // self.rows), -(-shape[1] // self.cols)
+
+    def chosen(self, weights: Mapping[str, Shape]) -> frozenset[str]:
+        """None: config.json does not say which weights are quantised."""
+        return frozenset()
+
+    def parts(self, weight: str, shape: Shape) -> dict[str, Part]:
+        """Codes, and scales."""
+        scales = Part(self.scale_dtype, self.scale_shape(shape))
+        return {weight: Part(self.dtype, shape), self.scale_name(weight): scales}
+
+    def find(self, stored: Mapping[str, Part], *, where: object) -> Found:
+        """Every weight in fp8, with its scales.
+
+        Raises:
+            CheckpointError: a weight lacks its scales, scales lack their weight or have another shape or dtype, or
+                nothing is quantised although config.json says so. Names the first.
+        """
+        scales = {weight: name for name in stored if (weight := self.weight_name(name)) is not None}
+        quantised = [name for name, tensor in stored.items() if tensor.dtype == self.dtype]
+        self._check_pairs(stored, scales, quantised, where)
+        return Found({name: stored[name].shape for name in quantised}, {})
+
+    def _check_pairs(
+        self, stored: Mapping[str, Part], scales: Mapping[str, str], quantised: list[str], where: object
+    ) -> None:
+        again = "download the checkpoint again, completely"
+        if not quantised:
+            raise CheckpointError(
+                "config.json says that weights are quantised, and none is",
+                where=where,
+                expected=f"weights in {self.dtype}: {self}",
+                got="none",
+                fix="remove quantization_config from config.json, if the weights were dequantised",
+            )
+        if bare := [name for name in quantised if name not in scales]:
+            raise CheckpointError(
+                "quantised weights have no scales",
+                where=preview(bare),
+                expected=f"{self.scale_name(bare[0])} beside {bare[0]}",
+                got="nothing",
+                fix=again,
+            )
+        known = set(quantised)
+        if orphans := [scale for weight, scale in scales.items() if weight not in known]:
+            weight = self.weight_name(orphans[0]) or ""
+            raise CheckpointError(
+                "scales belong to no quantised weight",
+                where=preview(orphans),
+                expected=f"{weight} in {self.dtype}",
+                got=stored[weight].dtype if weight in stored else "no such tensor",
+                fix=again,
+            )
+        for name in quantised:
+            shape, scale = stored[name].shape, stored[scales[name]]
+            expected = self.scale_shape(shape) if len(shape) == 2 else ()
+            if scale.dtype != self.scale_dtype or scale.shape != expected:
+                raise CheckpointError(
+                    "the scales of a quantised weight do not fit it",
+                    where=scales[name],
+                    expected=f"{self.scale_dtype} {list(expected)}, one for each block of {name} {list(shape)}",
+                    got=f"{scale.dtype} {list(scale.shape)}",
+                    fix=f"check weight_block_size in config.json; else {again}",
+                )
+
+    def regions(self, weight: str, shape: Shape, box: Box) -> tuple[Box, ...]:
+        """The same of the codes, and the blocks that it touches."""
+        (top, left), (height, width) = box
+        first = top // self.rows, left // self.cols
+        last = (top + height - 1) // self.rows, (left + width - 1) // self.cols
+        return box, Box(first, (last[0] + 1 - first[0], last[1] + 1 - first[1]))
+
+    def decode(self, weight: str, shape: Shape, box: Box, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """DeepSeek-V3, inference/kernel.py (`weight_dequant`): the stored value to float32, times its block's scale."""
+        import numpy as np
+
+        codes, scales = arrays
+        (top, left), (height, width) = box
+        codes = codes.view(np.uint8)
+        columns = np.arange(left, left + width) // self.cols - left // self.cols
+        found = np.empty((height, width), numpy_dtype(self.presented))
+        first = top // self.rows
+        for row in range(top - top % self.rows, top + height, self.rows):
+            rows = slice(max(row, top) - top, min(row + self.rows, top + height) - top)
+            values = _float32_of_codes()[codes[rows]]
+            with np.errstate(over="ignore"):
+                values *= scales[row // self.rows - first, columns]
+                found[rows] = values
+        return found
 
     def to_hf(self) -> dict[str, Any]:
         """`quantization_config` of a checkpoint in this format, as DeepSeek-V3's config.json has it."""
@@ -60,24 +157,17 @@ class Fp8Blocks(NamedTuple):
         return f"fp8 in blocks of {self.rows} x {self.cols}"
 
 
-def codec_of(config: Mapping[str, Any], *, where: object = "config.json") -> Fp8Blocks | None:
-    """The codec of the checkpoint that a config.json belongs to; None for plain weights.
-
-    Args:
-        config: content of config.json.
-        where: what an error names as its place.
+def fp8_blocks_of(said: Mapping[str, Any], *, where: object) -> Fp8Blocks:
+    """The codec that a `quantization_config` with the method `fp8` describes.
 
     Raises:
-        ConfigError: the checkpoint is quantised in a way that is not known here.
+        ConfigError: it has no blocks, or an option that is not known.
     """
-    said = config.get(OPTION)
-    if said is None:
-        return None
-    if not isinstance(said, Mapping) or said.get("quant_method") != "fp8" or not _block(said):
+    if not _block(said):
         raise ConfigError(
-            "checkpoints in this quantised form are not converted",
+            "fp8 weights without blocks are not converted",
             where=f"{where}: {OPTION}",
-            expected="no quantisation, or quant_method 'fp8' with weight_block_size of two positive numbers",
+            expected="weight_block_size of two positive numbers",
             got=said,
             fix="dequantise the checkpoint first, with the tool that made it",
         )
@@ -100,3 +190,11 @@ def _block(said: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         return ()
     return tuple(size)
+
+
+@cache
+def _float32_of_codes() -> np.ndarray:
+    """The value of each of the 256 codes: looking up is several times faster than casting."""
+    import numpy as np
+
+    return np.arange(256, dtype=np.uint8).view(numpy_dtype(Fp8Blocks.dtype)).astype(np.float32)

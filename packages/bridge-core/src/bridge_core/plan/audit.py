@@ -47,14 +47,15 @@ def audit(plan: Plan, inventory: Mapping[str, Shape] | None = None) -> Audit:
     _check_names(plan)
     ignored = compare(plan, inventory) if inventory is not None else ()
     # An inventory of plain weights may be that of a quantised checkpoint, read.
-    scales = plan.scales if inventory is None or not inventory.keys().isdisjoint(plan.scales) else {}
+    stored = inventory is None or plan.stores(inventory)
+    beyond = {name: shape for name, shape in plan.parts.items() if stored and name not in plan.hf_tensors}
     padding = sum(prod(e.padding.shape) * len(e.layers) * e.experts for e in plan.entries if e.padding)
     megatron = sum(e.numel * len(e.layers) * e.experts for e in plan.entries)
     hf = sum(prod(tensor.shape) for entry in plan.entries for _, tensor in entry.hf_names())
     if hf + padding != megatron:
         raise CoverageError("the two sides differ in elements", expected=f"{hf} + {padding} padding", got=megatron)
-    counted = hf + sum(prod(plan.hf_tensors[name]) for name in plan.written_copies) + sum(map(prod, scales.values()))
-    return Audit(len(plan.hf_tensors) + len(scales), len(plan.megatron_tensors), counted, padding, ignored)
+    counted = hf + sum(prod(plan.hf_tensors[name]) for name in plan.written_copies) + sum(map(prod, beyond.values()))
+    return Audit(len(plan.hf_tensors) + len(beyond), len(plan.megatron_tensors), counted, padding, ignored)
 
 
 def _check_cuts(plan: Plan, name: str) -> None:
@@ -102,8 +103,8 @@ def _check_names(plan: Plan) -> None:
 def compare(plan: Plan, inventory: Mapping[str, Shape]) -> tuple[str, ...]:
     """Raise unless an HF inventory is what the plan expects; the tensors ignored by name come back."""
     expected = plan.hf_tensors
-    if not inventory.keys().isdisjoint(plan.scales):
-        expected = expected | plan.scales
+    if plan.stores(inventory):
+        expected = {name: shape for name, shape in expected.items() if name not in plan.quantised} | plan.parts
     missing = [name for name in expected if name not in inventory and name not in plan.copies]
     extra = [name for name in inventory if name not in expected and name not in plan.copies]
     no_weights = plan.family.ignored
@@ -126,7 +127,7 @@ def compare(plan: Plan, inventory: Mapping[str, Shape]) -> tuple[str, ...]:
             got=f"{len(inventory)} tensors; unexpected {len(unexpected)}: {preview(unexpected) or 'none'}",
             fix="check that config.json belongs to these weights and that no shard file is missing",
         )
-    expected = expected | {name: expected[copy.of] for name, copy in plan.copies.items() if name in inventory}
+    expected = expected | {name: plan.hf_tensors[copy.of] for name, copy in plan.copies.items() if name in inventory}
     wrong = [name for name, shape in expected.items() if tuple(inventory.get(name, shape)) != tuple(shape)]
     if wrong:
         first = wrong[0]

@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.families import Copy, Family, Fields
@@ -100,7 +100,7 @@ class Plan:
         inventory: Mapping[str, Shape] | None = None,
         forms: Mapping[str, int] | None = None,
         ignore: Sequence[str] = (),
-        codec: Fp8Blocks | None = None,
+        codec: Codec | None = None,
         quantised: Collection[str] | None = None,
     ) -> None:
         self.family = family
@@ -113,7 +113,7 @@ class Plan:
         self.ignore = tuple(ignore)
         self.codec = codec
         self._quantised = quantised
-        if codec is not None and quantised is None and not family.quantised:
+        if codec is not None and quantised is None and not codec.names_weights and not family.quantised:
             raise ConfigError(
                 f"it is not known which weights of a {family.name} checkpoint are quantised",
                 where="fp8",
@@ -157,15 +157,22 @@ class Plan:
             return frozenset()
         if self._quantised is not None:
             return frozenset(name for name in self._quantised if name in self.hf_tensors)
+        if self.codec.names_weights:
+            return self.codec.chosen(self.hf_tensors)
         return quantised_names(self.entries, self.family.quantised)
 
     @cached_property
-    def scales(self) -> dict[str, Shape]:
-        """Shape of every HF tensor that holds the scales of a quantised weight, by name."""
+    def parts(self) -> dict[str, Shape]:
+        """Shape of every HF tensor that stores a quantised weight or a part of it (its codes, its scales), by name."""
         codec, shapes = self.codec, self.hf_tensors
         if codec is None:
             return {}
-        return {codec.scale_name(n): codec.scale_shape(shapes[n]) for n in shapes if n in self.quantised}
+        quantised = [name for name in shapes if name in self.quantised]
+        return {part: meta.shape for n in quantised for part, meta in codec.parts(n, shapes[n]).items()}
+
+    def stores(self, inventory: Mapping[str, Shape]) -> bool:
+        """Whether an HF inventory has quantised weights as they are stored, and not as they are read."""
+        return any(name in inventory and name not in self.hf_tensors for name in self.parts)
 
     @property
     def forms(self) -> dict[str, int]:
@@ -203,7 +210,7 @@ class Plan:
         return list(found.values())
 
     def as_stored(self, metadata: Iterable[TensorMeta]) -> list[TensorMeta]:
-        """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""
+        """Metadata of plain weights as that of the tensors which store them: a quantised one as its parts."""
         return as_stored(metadata, self.codec, self.quantised)
 
     def pieces(self) -> Iterator[Piece]:

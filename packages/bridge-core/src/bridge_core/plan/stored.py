@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
+from bridge_core.dtypes import dtype_of
 from bridge_core.plan.entries import Entry
 
 if TYPE_CHECKING:
@@ -23,16 +24,16 @@ def quantised_names(entries: Iterable[Entry], patterns: Sequence[str]) -> frozen
     return frozenset(name for name, tensor in found if tensor.name in wanted)
 
 
-def as_stored(metadata: Iterable[TensorMeta], codec: Fp8Blocks | None, quantised: Collection[str]) -> list[TensorMeta]:
-    """Metadata of plain weights as that of the tensors which store them: after a quantised one its scales."""
+def as_stored(metadata: Iterable[TensorMeta], codec: Codec | None, quantised: Collection[str]) -> list[TensorMeta]:
+    """Metadata of plain weights as that of the tensors which store them: a quantised one as its parts."""
     if codec is None:
         return list(metadata)
     found: list[TensorMeta] = []
     for meta in metadata:
-        found.append(meta)
-        if meta.name in quantised:
-            rows, cols = blocks = codec.scale_shape(meta.shape)
-            found[-1] = meta._replace(dtype=codec.dtype, nbytes=prod(meta.shape))
-            name, scales = codec.scale_name(meta.name), 4 * rows * cols
-            found.append(meta._replace(name=name, dtype=codec.scale_dtype, shape=blocks, nbytes=scales))
+        if meta.name not in quantised:
+            found.append(meta)
+            continue
+        for name, (dtype, shape) in codec.parts(meta.name, meta.shape).items():
+            nbytes = prod(shape) * dtype_of(dtype).itemsize
+            found.append(meta._replace(name=name, dtype=dtype, shape=shape, nbytes=nbytes))
     return found

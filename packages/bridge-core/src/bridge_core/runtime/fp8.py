@@ -56,7 +56,7 @@ def agreed_scales(live: LiveModel, dtypes: dict[str, str], group: Any) -> dict[s
     import torch.distributed as dist
 
     codec = live.plan.codec
-    assert codec is not None
+    assert isinstance(codec, Fp8Blocks)
     names = [name for name in live.plan.hf_tensors if name in live.plan.quantised]
     buckets = _buckets({name: prod(codec.scale_shape(live.plan.hf_tensors[name])) for name in names})
 

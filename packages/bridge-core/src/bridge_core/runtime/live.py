@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.matching import check_wanted
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
@@ -104,7 +104,7 @@ def open_live(
     excepted: Collection[str] = (),
     inventory: Mapping[str, Shape] | None = None,
     ignore: Sequence[str] = (),
-    codec: Fp8Blocks | None = None,
+    codec: Codec | None = None,
     quantised: Collection[str] | None = None,
 ) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.

@@ -10,8 +10,8 @@ from threading import Event
 from typing import Any
 
 from bridge_core.checkpoint.copies import check_copies
+from bridge_core.checkpoint.encoded import read_bytes
 from bridge_core.checkpoint.files import OpenFiles
-from bridge_core.checkpoint.fp8 import read_bytes
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, gather, in_threads
@@ -149,7 +149,7 @@ def load_live(
     return LoadReport(
         parameters=len(live.shards),
         bytes_read=done.bytes_read,
-        ignored=ignored,
+        ignored=(*ignored, *folder.beside),
         left=left,
         broadcasts=done.broadcasts,
     )

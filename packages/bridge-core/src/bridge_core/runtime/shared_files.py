@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bridge_core.checkpoint.files import OpenFiles, write_all
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.checkpoint.hf_output import create_weight_files
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Box, Piece, View, restrict, runs
 from bridge_core.plan import Shard
@@ -147,7 +148,7 @@ class SharedFiles:
     def _write_quantised(self, tensor: Tensor, piece: Piece) -> None:
         """The codes of what this rank owns; who owns a weight's first element writes all of its scales."""
         codec, name = self.live.plan.codec, piece.target.tensor
-        assert codec is not None
+        assert isinstance(codec, Fp8Blocks)
         shape, scales = self.live.plan.hf_tensors[name], self._scales[name]
         codes, back = quantised(tensor, piece, shape, scales, codec)
         codes, scales = codes.cpu(), scales.contiguous().cpu().view(-1)

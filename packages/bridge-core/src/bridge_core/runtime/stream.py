@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import BridgeError, CoverageError
 from bridge_core.geometry import Piece
@@ -88,7 +89,7 @@ class Stream:
     def _as_stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A tensor, or the codes and scales of one that is to be quantised. Every rank has all of it."""
         codec = self.live.plan.codec
-        if codec is None or name not in self.live.plan.quantised:
+        if not isinstance(codec, Fp8Blocks) or name not in self.live.plan.quantised:
             yield name, tensor
             return
         codes, scales = quantise(tensor, codec, where=name)

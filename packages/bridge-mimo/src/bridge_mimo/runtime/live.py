@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.codecs import Fp8Blocks
+from bridge_core.codecs import Codec
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.geometry import Shape
 from bridge_core.plan import Shard
@@ -33,7 +33,7 @@ def open_mimo(
     excepted: Collection[str] = (),
     inventory: Mapping[str, Shape] | None = None,
     ignore: Sequence[str] = (),
-    codec: Fp8Blocks | None = None,
+    codec: Codec | None = None,
     quantised: Collection[str] | None = None,
 ) -> LiveModel:
     """Match a live `MimoModel` against its plan, before any byte is copied. Nothing is communicated.

@@ -4,13 +4,67 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from bridge_core.checkpoint.workers import Alone
 from bridge_core.cli.tables import facts, in_bytes, table
 from bridge_core.extras import require
 from bridge_quant_export.readers import readers_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a saved, ModelOpt-quantised Megatron checkpoint for serving engines. No model is built.
+
+    Under torchrun the ranks share the work.
+    """
+
+    megatron: Annotated[Path, "A run's folder, or one iteration's, saved with ckpt_format torch_dist."]
+    output: Annotated[Path, "The folder to write."]
+    source: Annotated[Path | None, "The HF folder of the unquantised model: configuration, tokenizer."] = None
+    hf_config: Annotated[Path | None, "config.json, where there is no --source and the checkpoint does not say."] = None
+    format: Annotated[Literal["modelopt", "compressed-tensors"], "The format to write."] = "modelopt"
+    dtype: Annotated[str | None, "Type of what is not quantised (bf16, fp16, fp32); by default as it is."] = None
+    uncalibrated: Annotated[
+        Literal["error", "peers", "weight_only"], "What to do with layers whose inputs were never seen."
+    ] = "error"
+    max_shard_size: Annotated[int, "Bytes per file."] = 5_000_000_000
+    overwrite: Annotated[bool, "Replace a folder that holds something."] = False
+    durable: Annotated[bool, "Wait for the disk before the folder gets its name."] = False
+    rendezvous_minutes: Annotated[float, "Minutes to wait under torchrun until all processes are there."] = 15.0
+
+    def run(self) -> int:
+        """Write."""
+        require("torch", extra="torch", package="bridge-quant-export")
+        from bridge_core.runtime.workers import torchrun_workers, world_size
+        from bridge_quant_export.saved.export import export_saved
+
+        shared = world_size() > 1
+        with torchrun_workers(rendezvous_minutes=self.rendezvous_minutes) if shared else nullcontext(Alone()) as team:
+            found = export_saved(
+                self.megatron,
+                self.output,
+                source=self.source,
+                hf_config=self.hf_config,
+                format=self.format,
+                dtype=self.dtype,
+                uncalibrated=self.uncalibrated,
+                max_shard_size=self.max_shard_size,
+                overwrite=self.overwrite,
+                durable=self.durable,
+                workers=team,
+            )
+        if team.rank == 0:
+            print(facts([
+                ("wrote", found.output),
+                ("format", self.format),
+                ("tensors", f"{found.tensors}, {in_bytes(found.nbytes)}"),
+                ("layers", ", ".join(f"{count} {name}" for name, count in found.formats.items())),
+            ]))  # fmt: skip
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,15 +30,19 @@ class Claims(NamedTuple):
 LINEAR = "Linear"
 
 
-def read_claims(config: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Claims:
+def read_claims(
+    config: Mapping[str, Any], beside: Mapping[str, Any] | None = None, *, weights_only: bool = False
+) -> Claims:
     """The claims of a `quantization_config`, and of `hf_quant_config.json` where there is one.
+
+    With `weights_only`, formats are told by their weights: how inputs are quantised is of no account.
 
     Raises:
         FormatError: a method, an algorithm or a scheme that no format here stores; or the two files disagree.
     """
     method = config.get("quant_method")
     if method == "compressed-tensors":
-        return _of_compressed_tensors(config)
+        return _of_compressed_tensors(config, weights_only)
     if method == "modelopt":
         found = _of_modelopt(config, config)
         if beside is not None and (other := _of_modelopt(beside.get("quantization", {}), config)) != found:
@@ -83,10 +87,10 @@ def _algorithm(entry: Mapping[str, Any]) -> Format:
     return format_of(name, entry.get("group_size") if name in ("int4_awq", "w4a8_awq") else None)
 
 
-def _of_compressed_tensors(config: Mapping[str, Any]) -> Claims:
+def _of_compressed_tensors(config: Mapping[str, Any], weights_only: bool) -> Claims:
     formats: dict[str, Format] = {}
     for number, group in (config.get("config_groups") or {}).items():
-        format = _scheme(group, config.get("format"), number)
+        format = _scheme(group, config.get("format"), number, weights_only)
         formats |= dict.fromkeys(group.get("targets") or (), format)
     return Claims(
         "compressed-tensors", formats, frozenset(config.get("ignore") or ()), bool(config.get("kv_cache_scheme"))
@@ -96,14 +100,15 @@ def _of_compressed_tensors(config: Mapping[str, Any]) -> Claims:
 _COMPARED = ("num_bits", "type", "strategy", "dynamic", "block_structure", "symmetric")
 
 
-def _scheme(group: Mapping[str, Any], stored: Any, number: str) -> Format:
+def _scheme(group: Mapping[str, Any], stored: Any, number: str, weights_only: bool) -> Format:
     def essence(args: Any) -> Any:
         return args and {key: args.get(key) for key in _COMPARED if args.get(key) is not None}
 
     stored = group.get("format") or stored
     operands = [essence(group.get(which)) for which in ("weights", "input_activations")]
     for name, scheme in compressed_tensors.SCHEMES.items():
-        if scheme.format == stored and [essence(scheme.weights), essence(scheme.input_activations)] == operands:
+        described = [essence(scheme.weights), operands[1] if weights_only else essence(scheme.input_activations)]
+        if scheme.format == stored and described == operands:
             return format_of(name, group["weights"].get("group_size") if name == "int4" else None)
     raise FormatError(
         "no format here has this scheme",

@@ -58,7 +58,7 @@ def verify_quantized(path: str | Path, original: str | Path | None = None, *, to
 
     Args:
         path: the folder.
-        original: the same model, unquantised.
+        original: the same model, unquantised; or packed otherwise, which is read dequantised.
         tolerance: relative error of a weight above which it is another weight: 0.3 lies well above what four bits
             cost, and well below two matrices that have nothing to do with each other.
 

@@ -29,6 +29,7 @@ from bridge_quant_export.formats.format import WRITERS, Writer
 from bridge_quant_export.live.agree import Ranges, agreed_formats, agreed_ranges, check_ranges
 from bridge_quant_export.live.files import PackedFiles
 from bridge_quant_export.live.held import Held, read_held
+from bridge_quant_export.live.one_writer import OwnedFiles
 from bridge_quant_export.live.policy import Uncalibrated, check_policy, check_settled, settle
 from bridge_quant_export.live.vectors import summed
 from bridge_quant_export.manifest import Manifest, make_manifest
@@ -70,6 +71,8 @@ def export_quantized(
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     durable: bool = False,
+    one_writer_per_file: bool = False,
+    bucket_bytes: int = 256 * 1024 * 1024,
 ) -> ExportReport:
     """Write a live ModelOpt-quantised model as a checkpoint that serving engines load. Collective over `group`.
 
@@ -91,6 +94,9 @@ def export_quantized(
         max_shard_size: bytes per file.
         overwrite: replace a folder that holds something.
         durable: wait for the disk before the folder gets its name.
+        one_writer_per_file: every weight file is made and written by one rank, for file systems that cannot take
+            writes from several nodes to one file. The others keep what they packed in a temporary file, and send it.
+        bucket_bytes: bytes that a rank sends at a time with `one_writer_per_file`.
 
     Raises:
         FormatError: a layer is quantised in a way that no reader takes in this format.
@@ -125,7 +131,11 @@ def export_quantized(
     def plan() -> tuple[Manifest, HfLayout, PackedFiles]:
         manifest = make_manifest(live.plan, formats, writer=format, dtypes=dtypes, kv_layers=kv_layers)
         layout = lay_out_files(manifest.shapes, manifest.dtypes, max_shard_size)
-        files = PackedFiles(live, layout, groups, held, writer=format, kv_at_least_one=kv_at_least_one)
+        how: dict[str, Any] = {"writer": format, "kv_at_least_one": kv_at_least_one}
+        if one_writer_per_file:
+            files = OwnedFiles(live, layout, groups, held, **how, group=group, bucket_bytes=bucket_bytes)
+        else:
+            files = PackedFiles(live, layout, groups, held, **how)
         files.check_cuts()
         return manifest, layout, files
 
@@ -141,9 +151,7 @@ def export_quantized(
 
     def finish(folder: Path) -> None:
         check_headers(folder, layout)
-        if beside is not None:
-            text = json.dumps(beside, indent=4) + "\n"
-            (folder / modelopt.HF_QUANT_CONFIG).write_text(text, encoding="utf-8")
+        write_beside(folder, beside)
         finish_hf_folder(folder, layout, config, dtype=manifest.dtype, quantization=quantization)
 
     sent = write_folder(
@@ -189,6 +197,13 @@ def configurations(manifest: Manifest, writer: Writer) -> tuple[dict[str, Any], 
     if writer == "compressed-tensors":
         return compressed_tensors.compose(manifest.layers), None
     return modelopt.compose(manifest.layers, producer_version=modelopt_version())
+
+
+def write_beside(folder: Path, beside: Mapping[str, Any] | None) -> None:
+    """Write the file that ModelOpt's format has beside config.json; nothing for the other."""
+    if beside is not None:
+        text = json.dumps(beside, indent=4) + "\n"
+        (folder / modelopt.HF_QUANT_CONFIG).write_text(text, encoding="utf-8")
 
 
 def modelopt_version() -> str:

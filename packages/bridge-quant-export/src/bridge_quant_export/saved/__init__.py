@@ -1,0 +1,1 @@
+"""Quantised models as Megatron saved them: quantisers read from a checkpoint, and its export. No model is built."""
