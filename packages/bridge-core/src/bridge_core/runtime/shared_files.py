@@ -69,7 +69,7 @@ class SharedFiles:
         self._scales: Mapping[str, Tensor] = {}
         self._opened: set[str] = set()
         self._failure: Exception | None = None
-        self.room = staging(max(map(self._received, live.shards), default=0), live.device)
+        self.room = staging(max(map(self._bytes_received, live.shards), default=0), live.device)
 
     def create(self, folder: Path) -> None:
         """Make all files, at their full size. For one rank, before the others write."""
@@ -102,7 +102,7 @@ class SharedFiles:
         entry = self.live.plan.entry(shard.entry)
         group = self.cut_over(shard)
         tensor = flat(self.live.tensor(shard))
-        if not self._received(shard):
+        if not self._cut_by_columns(shard):
             self.guarded(lambda: self._write(tensor, shard.pieces, entry.shift))
             return
         columns = tensor.view(shard.shape)
@@ -114,13 +114,18 @@ class SharedFiles:
         cut = [p for piece in whole for p in restrict(piece, "target", entry.shape, box, box.shape, at)]
         self.guarded(lambda: self._write(flat(received.transpose(0, 1).reshape(box.shape)), cut, entry.shift))
 
-    def _received(self, shard: Shard) -> int:
-        """Bytes of the rows that are received for a shard cut along its columns; 0 for any other."""
-        entry, group = self.live.plan.entry(shard.entry), self.cut_over(shard)
-        if entry.split is None or entry.split.dim == 0 or group.size() == 1:
+    def _cut_by_columns(self, shard: Shard) -> bool:
+        """Whether ranks exchange columns for rows: the same on all of them, also where one of them gets no row."""
+        split = self.live.plan.entry(shard.entry).split
+        return split is not None and split.dim != 0 and self.cut_over(shard).size() > 1
+
+    def _bytes_received(self, shard: Shard) -> int:
+        """Bytes of the rows that this rank gets for a shard."""
+        if not self._cut_by_columns(shard):
             return 0
-        first, last = (entry.shape[0] * (group.rank() + end) // group.size() for end in (0, 1))
-        return (last - first) * entry.shape[1] * self.live.tensor(shard).element_size()
+        (rows, columns), group = self.live.plan.entry(shard.entry).shape, self.cut_over(shard)
+        first, last = (rows * (group.rank() + end) // group.size() for end in (0, 1))
+        return (last - first) * columns * self.live.tensor(shard).element_size()
 
     def guarded(self, step: Callable[[], T]) -> T | None:
         """What `step` returns; None if it fails, or if one failed before. The error waits for the end of `write`."""

@@ -45,7 +45,7 @@ class InterleavedRotaryEmbedding(MultimodalRotaryEmbedding):
         axis = self._axis_of(len(frequencies), mrope_section).to(angles.device)
         turned = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
         both = torch.cat((turned, turned), dim=-1).transpose(0, 1)[:, :, None].contiguous()
-        group = cp_group or self.cp_group
+        group: Any = cp_group or self.cp_group
         return get_pos_emb_on_this_cp_rank(both, 0, group) if group is not None and group.size() > 1 else both
 
     @staticmethod
@@ -68,7 +68,8 @@ class MropeGPTModel(GPTModel):
 
     def __init__(self, config: Any, *, pg_collection: ProcessGroupCollection, **options: Any) -> None:
         # A plain rotary embedding first: mcore makes the one over three positions of a global group.
-        super().__init__(config, pg_collection=pg_collection, **options | {"position_embedding_type": "rope"})
+        plain: dict[str, Any] = options | {"position_embedding_type": "rope"}
+        super().__init__(config, pg_collection=pg_collection, **plain)
         self.position_embedding_type = "mrope"
         self.mrope_section = config.mrope_section
         self.rotary_pos_emb = InterleavedRotaryEmbedding(

@@ -31,7 +31,7 @@ class BridgedMimoModel(DeepstackMimoModel):
     mimo_groups: MimoGroups
 
     def _build_colocated_communicators(self) -> None:
-        grids = self.mimo_config.module_to_grid_map
+        grids: Any = self.mimo_config.module_to_grid_map
         for name in self.mimo_config.modality_submodules_spec:
             self.colocated_comms[name, LANGUAGE] = ColocatedCommunicator(grids[name], grids[LANGUAGE], name)
 
@@ -81,4 +81,5 @@ class ColocatedCommunicator(ColocatedBridgeCommunicator):
                 scale=self.scale,
                 rank_to_pos=self.rank_to_src_pos if fan_in else self.rank_to_dest_pos,
             )
-            self.gather_pg, _ = dist.new_subgroups_by_enumeration(self.gather_group_ranks)
+            own, _ = dist.new_subgroups_by_enumeration(self.gather_group_ranks)
+            self.gather_pg: Any = own

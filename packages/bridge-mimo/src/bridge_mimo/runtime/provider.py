@@ -131,7 +131,7 @@ class MimoProvider:
         """mcore's configuration of these settings, for one rank of some groups."""
         from megatron.core.models.mimo.config import MimoModelConfig
 
-        options = {"module_to_grid_map": dict(groups.grids)} if takes_grids() else {}
+        options: dict[str, Any] = {"module_to_grid_map": dict(groups.grids)} if takes_grids() else {}
         return MimoModelConfig(
             language_model_spec=self.language_spec(groups.collections[LANGUAGE]),
             modality_submodules_spec={name: self.tower_spec(name, groups.collections[name]) for name in self.towers},
@@ -235,7 +235,7 @@ def wrap_in_ddp(model: MimoModel, ddp_config: Any = None) -> MimoModel:
 
     for name, groups in groups_of(model).mine.items():
         parent, key = (model, LANGUAGE_MODULE) if name == LANGUAGE else (model.modality_submodules, name)
-        module = parent.get_submodule(key)
+        module: Any = parent.get_submodule(key)
         if any(parameter.requires_grad for parameter in module.parameters()):
             config = module.config if name == LANGUAGE else next(iter(module.encoders.values())).config
             options = ddp_config or DistributedDataParallelConfig()

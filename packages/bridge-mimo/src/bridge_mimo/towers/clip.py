@@ -83,7 +83,7 @@ class ClipTower(CLIPViTModel):
         for unused in (*list(self.decoder.layers)[self.last + 1 :], self.ln_post):
             unused.requires_grad_(False)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override] - no mask to be given
         """Embed images. Collective over the tensor-parallel ranks.
 
         Args:

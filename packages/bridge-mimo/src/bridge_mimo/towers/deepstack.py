@@ -49,8 +49,9 @@ class DeepstackMimoModel(MimoModel):
                 got="full",
                 fix="recompute selectively: core_attn, mlp, layernorm",
             )
-        if self.language_model is not None and self.role.is_first_stage("language"):
-            self._feed(self.language_model.decoder.layers)
+        language: Any = self.language_model
+        if language is not None and self.role.is_first_stage("language"):
+            self._feed(language.decoder.layers)
 
     def _feed(self, layers: Any) -> None:
         fed = max(self.deepstack.values(), default=0)
@@ -126,7 +127,7 @@ class DeepstackMimoModel(MimoModel):
     ) -> Any:
         """As mcore's: what is added later is cut over sequence- and context-parallel ranks like the embeddings."""
         if embeddings is not None and self.partition_adapter is not None:
-            cut = self.partition_adapter.shard
+            cut: Any = self.partition_adapter.shard
             self._sets = [
                 cut(embeddings=values, labels=None, loss_mask=None, packed_seq_params=packed_seq_params)[0]
                 for values in self._sets

@@ -78,7 +78,7 @@ class PatchMerger(MLP):
         self.norm_size = block if norm_of_blocks else config.hidden_size
         self.norm = norm(config=config, hidden_size=self.norm_size, eps=config.layernorm_epsilon)
 
-    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:  # type: ignore[override]
         """[patches, 1, hidden] -> [patches / block, out]."""
         blocks = self.norm(hidden.reshape(-1, self.norm_size)).view(-1, self.input_size)
         output, bias = super().forward(blocks)
@@ -89,10 +89,9 @@ class PatchMerger(MLP):
     ) -> dict[str, Any]:
         """mcore's; its own asks the global state for the tensor-parallel group of the norm."""
         state: dict[str, Any] = {}
+        group: Any = self.tp_group
         for name, child in self.named_children():
-            state |= sharded_state_dict_default(
-                child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-            )
+            state |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=group)
         return state
 
 
@@ -138,7 +137,8 @@ class QwenVisionTower(VisionModule):
             post_process=self.post_process,
             pg_collection=self.pg_collection,
         )
-        held = [layer.layer_number - 1 for layer in self.decoder.layers]
+        layers: Any = self.decoder.layers
+        held = [layer.layer_number - 1 for layer in layers]
         self.earlier = sum(layer < (held[0] if held else config.num_layers) for layer in sizes.deepstack)
         self.deepstack = {layer: str(sizes.deepstack.index(layer)) for layer in held if layer in sizes.deepstack}
         self.deepstack_merger_list = torch.nn.ModuleDict(
@@ -172,7 +172,9 @@ class QwenVisionTower(VisionModule):
         """
         patches = place_patches(grid_thw, self.sizes.merge)
         hidden, earlier = self._received(pixel_values, patches)
-        rotary = rotary_angles(patches.coordinates, self.config.kv_channels)
+        channels = self.config.kv_channels
+        assert channels is not None  # mcore's configuration has filled it in
+        rotary = rotary_angles(patches.coordinates, channels)
         extra: dict[str, Any] = {"extract_layer_indices": set(self.deepstack)} if self.deepstack else {}
         self.decoder.set_input_tensor(hidden)
         output = self.decoder(

@@ -46,6 +46,7 @@ def layer_spec(spec: Spec) -> ModuleSpec:
     norms = {} if fused else {name: provider.layer_norm() for name in ("input_layernorm", "pre_mlp_layernorm")}
     linear = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
     attention = provider.core_attention()
+    add: Any = get_bias_dropout_add
     if spec != "te":
         from bridge_mimo.towers.attention import PackedAttention as attention  # noqa: N813
     return ModuleSpec(
@@ -60,9 +61,9 @@ def layer_spec(spec: Spec) -> ModuleSpec:
                     linear_proj=provider.row_parallel_linear(),
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             mlp=get_mlp_module_spec_for_backend(provider),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

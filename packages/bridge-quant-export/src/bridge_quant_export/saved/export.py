@@ -24,10 +24,11 @@ from bridge_core.checkpoint.hf_output import (
     finish_hf_folder,
     stored_assets,
 )
+from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
 from bridge_core.checkpoint.transfer import Job, gather
-from bridge_core.checkpoint.wiring import Wired, export_jobs, megatron_entries
+from bridge_core.checkpoint.wiring import Wired, export_jobs
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
