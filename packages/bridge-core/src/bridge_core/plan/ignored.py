@@ -10,8 +10,8 @@ from bridge_core.families import Family, Fields
 from bridge_core.patterns import fill
 from bridge_core.plan.entries import compile_entries
 
-# Whoever wants no prediction layers may say so of any model, with or without them.
-_PREDICTION = "mtp."
+# Parts that some models have and others do not: whoever wants none of them may say so of any model.
+_PARTS = ("mtp.", "model.visual.")
 
 
 def check_ignored(family: Family, fields: Fields, ignore: Sequence[str], names: Iterable[str] = ()) -> None:
@@ -19,13 +19,14 @@ def check_ignored(family: Family, fields: Fields, ignore: Sequence[str], names: 
 
     Args:
         family, fields: of the model, with its prediction layers.
-        ignore: patterns (as in a shell) of HF names. Those that begin with `mtp.` fit any model.
+        ignore: patterns (as in a shell) of HF names. Those of prediction layers (`mtp.*`) and of a vision tower
+            (`model.visual.*`) fit any model.
         names: of tensors that a checkpoint has beside those of the model, which may be left out too.
 
     Raises:
         ConfigError: names the patterns that fit nothing.
     """
-    waiting = [pattern for pattern in ignore if not pattern.startswith(_PREDICTION)]
+    waiting = [pattern for pattern in ignore if not pattern.startswith(_PARTS)]
     if not waiting:
         return
     known = {name: None for entry in compile_entries(family, fields) for name, _ in entry.hf_names()}
