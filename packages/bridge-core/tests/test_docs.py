@@ -88,10 +88,10 @@ def workplace(tmp_path, monkeypatch):
     """An empty current folder from which modules can be imported, and no trace of it afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    families._third_party.cache_clear()
+    families._from_entry_points.cache_clear()
     before = set(sys.modules)
     yield tmp_path
-    families._third_party.cache_clear()
+    families._from_entry_points.cache_clear()
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
@@ -208,7 +208,7 @@ def write_file(workplace: Path, block: Block) -> None:
     if block.caption == "pyproject.toml":
         install_entry_points(workplace, tomllib.loads(block.code)["project"])
     importlib.invalidate_caches()
-    families._third_party.cache_clear()
+    families._from_entry_points.cache_clear()
 
 
 def install_entry_points(workplace: Path, project: dict) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.codecs import OPTION, Found, Part
+from bridge_core.codecs import OPTION, Found, Header
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError, preview
 from bridge_core.geometry import Box, Shape
@@ -69,7 +69,7 @@ class PackedWeights:
                 error.what, where=f"{where}: {error.where or OPTION}", expected=error.expected, got=error.got
             ) from None
         self.presented = dtype_of(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")).name
-        self._stored: Mapping[str, Part] = {}
+        self._stored: Mapping[str, Header] = {}
 
     def __str__(self) -> str:
         titles = dict.fromkeys(format.title for format in self._claims.formats.values())
@@ -83,7 +83,7 @@ class PackedWeights:
             if len(shape) == 2 and name.endswith(".weight") and self._claimed(name.removesuffix(".weight"))
         )
 
-    def find(self, stored: Mapping[str, Part], *, where: object) -> Found:
+    def find(self, stored: Mapping[str, Header], *, where: object) -> Found:
         """Every layer that has scales; which format it has, config.json says."""
         modules: dict[str, set[str]] = {}
         for name in stored:
@@ -138,7 +138,7 @@ class PackedWeights:
                 raise _misfit(module, tensor, format, part, f"{' or '.join(dtypes)} {list(wanted)}")
         return shape
 
-    def _part(self, module: str, tensor: Stored, format: Format) -> Part:
+    def _part(self, module: str, tensor: Stored, format: Format) -> Header:
         found = self._stored.get(f"{module}.{tensor.suffix}")
         if found is None:
             raise CheckpointError(
@@ -150,12 +150,12 @@ class PackedWeights:
             )
         return found
 
-    def parts(self, weight: str, shape: Shape) -> dict[str, Part]:
+    def parts(self, weight: str, shape: Shape) -> dict[str, Header]:
         """What its values are made from, as it lies in the files (or would, where none were looked at)."""
         module, found = weight.removesuffix(".weight"), {}
         for tensor in self._tensors(module):
             name = f"{module}.{tensor.suffix}"
-            found[name] = self._stored.get(name) or Part(tensor.dtype or self.presented, tensor.shape(shape))
+            found[name] = self._stored.get(name) or Header(tensor.dtype or self.presented, tensor.shape(shape))
         return found
 
     def regions(self, weight: str, shape: Shape, box: Box) -> tuple[Box, ...]:
@@ -224,7 +224,7 @@ def _needed(format: Format, writer: Any) -> tuple[Stored, ...]:
     return tuple(sorted(found, key=lambda tensor: tensor.part != "codes"))
 
 
-def _decoded(array: np.ndarray, part: Part, tensor: Stored, format: Format, shape: Shape) -> Tensor:
+def _decoded(array: np.ndarray, part: Header, tensor: Stored, format: Format, shape: Shape) -> Tensor:
     """A part of the format, for a region of a weight of a given shape."""
     import numpy as np
 
@@ -257,7 +257,7 @@ def _matches(name: str, entry: str) -> bool:
     return name == entry or fnmatchcase(name, entry)
 
 
-def _misfit(module: str, tensor: Stored, format: Format, got: Part, expected: str) -> CheckpointError:
+def _misfit(module: str, tensor: Stored, format: Format, got: Header, expected: str) -> CheckpointError:
     return CheckpointError(
         f"a tensor does not fit {format.title}",
         where=f"{module}.{tensor.suffix}",

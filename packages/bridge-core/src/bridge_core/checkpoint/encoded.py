@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from bridge_core.checkpoint.safetensors import Encoded, Stored
-from bridge_core.codecs import Codec, Part
+from bridge_core.codecs import Codec, Header
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Box, Piece, Shape, View
 
@@ -28,7 +28,7 @@ def present(tensors: Mapping[str, Stored], codec: Codec, *, where: object) -> tu
     Raises:
         CheckpointError: the parts of a weight are incomplete or do not fit one another.
     """
-    weights, beside = codec.find({name: Part(t.dtype, t.shape) for name, t in tensors.items()}, where=where)
+    weights, beside = codec.find({name: Header(t.dtype, t.shape) for name, t in tensors.items()}, where=where)
     weight_of = {part: name for name, shape in weights.items() for part in codec.parts(name, shape)}
     found: dict[str, Stored] = {}
     for name, tensor in tensors.items():

@@ -10,7 +10,7 @@ from math import prod
 
 from bridge_core.checkpoint.hf_folder import SINGLE, HfFolder
 from bridge_core.checkpoint.safetensors import Laid, lay_out, place
-from bridge_core.codecs import Fp8Blocks, Part
+from bridge_core.codecs import Fp8Blocks, Header
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, preview
 from bridge_core.geometry import Shape
@@ -65,7 +65,7 @@ def as_written(plan: Plan, dtypes: Mapping[str, str]) -> tuple[dict[str, Shape],
     shapes: dict[str, Shape] = {}
     dtypes = dict(dtypes)
     for name, shape in plan.hf_tensors.items():
-        parts = codec.parts(name, shape) if name in plan.quantised else {name: Part(dtypes[name], shape)}
+        parts = codec.parts(name, shape) if name in plan.quantised else {name: Header(dtypes[name], shape)}
         for part, (dtype, extent) in parts.items():
             shapes[part], dtypes[part] = extent, dtype
     return shapes, dtypes

@@ -12,11 +12,11 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from bridge_core.codecs.codec import Codec, Found, Part
+from bridge_core.codecs.codec import Codec, Found, Header
 from bridge_core.codecs.fp8_blocks import METHOD, OPTION, Fp8Blocks, fp8_blocks_of
 from bridge_core.errors import ConfigError
 
-__all__ = ["ENTRY_POINTS", "OPTION", "Codec", "Found", "Fp8Blocks", "Part", "codec_of"]
+__all__ = ["ENTRY_POINTS", "OPTION", "Codec", "Found", "Fp8Blocks", "Header", "codec_of"]
 
 ENTRY_POINTS = "bridge_core.codecs"
 

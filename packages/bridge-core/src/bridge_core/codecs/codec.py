@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Part(NamedTuple):
+class Header(NamedTuple):
     """A tensor of a checkpoint, as its header has it: its dtype by safetensors' name."""
 
     dtype: str
@@ -52,7 +52,7 @@ class Codec(Protocol):
         """Those of a model's weights that are quantised, as config.json says."""
         ...
 
-    def find(self, stored: Mapping[str, Part], *, where: object) -> Found:
+    def find(self, stored: Mapping[str, Header], *, where: object) -> Found:
         """The quantised weights of a checkpoint, from the headers of its files.
 
         Raises:
@@ -60,7 +60,7 @@ class Codec(Protocol):
         """
         ...
 
-    def parts(self, weight: str, shape: Shape) -> dict[str, Part]:
+    def parts(self, weight: str, shape: Shape) -> dict[str, Header]:
         """The tensors that store a weight [R, C], by name; the codes come first."""
         ...
 

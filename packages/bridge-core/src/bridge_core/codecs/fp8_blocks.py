@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bridge_core.codecs.codec import Found, Part
+from bridge_core.codecs.codec import Found, Header
 from bridge_core.dtypes import numpy_dtype
 from bridge_core.errors import CheckpointError, ConfigError, preview
 from bridge_core.geometry import Box, Shape
@@ -60,12 +60,12 @@ class Fp8Blocks(NamedTuple):
         """None: config.json does not say which weights are quantised."""
         return frozenset()
 
-    def parts(self, weight: str, shape: Shape) -> dict[str, Part]:
+    def parts(self, weight: str, shape: Shape) -> dict[str, Header]:
         """Codes, and scales."""
-        scales = Part(self.scale_dtype, self.scale_shape(shape))
-        return {weight: Part(self.dtype, shape), self.scale_name(weight): scales}
+        scales = Header(self.scale_dtype, self.scale_shape(shape))
+        return {weight: Header(self.dtype, shape), self.scale_name(weight): scales}
 
-    def find(self, stored: Mapping[str, Part], *, where: object) -> Found:
+    def find(self, stored: Mapping[str, Header], *, where: object) -> Found:
         """Every weight in fp8, with its scales.
 
         Raises:
@@ -78,7 +78,7 @@ class Fp8Blocks(NamedTuple):
         return Found({name: stored[name].shape for name in quantised}, {})
 
     def _check_pairs(
-        self, stored: Mapping[str, Part], scales: Mapping[str, str], quantised: list[str], where: object
+        self, stored: Mapping[str, Header], scales: Mapping[str, str], quantised: list[str], where: object
     ) -> None:
         again = "download the checkpoint again, completely"
         if not quantised:
