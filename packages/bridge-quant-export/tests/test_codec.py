@@ -104,8 +104,8 @@ def test_any_region_is_that_of_the_unpacked_whole(one_layer, data):
 def test_packed_folders_are_imported_dequantised(plain, tmp_path, name, writer):
     packed, read = write_packed(plain("qwen3"), tmp_path, lambda module: name, writer, kv=name == "fp8")
     report = import_ckpt(packed, tmp_path / "megatron")
-    verify(tmp_path / "megatron", read)
-    verify(tmp_path / "megatron", packed)
+    verify(tmp_path / "megatron", read).raise_if_different()
+    verify(tmp_path / "megatron", packed).raise_if_different()
     assert all("input_scale" in tensor or "_scale" in tensor or "weight_shape" in tensor for tensor in report.ignored)
     assert any(tensor.endswith("k_scale") for tensor in report.ignored) == (name == "fp8")
     # Out again, beside what the packed folder holds otherwise, but for what says how it was packed.
@@ -122,7 +122,7 @@ def test_experts_and_formats_by_layer(plain, tmp_path, writer):
 
     packed, read = write_packed(plain("qwen3_moe", 2), tmp_path, format_for, writer)
     import_ckpt(packed, tmp_path / "megatron")
-    verify(tmp_path / "megatron", read)
+    verify(tmp_path / "megatron", read).raise_if_different()
     described = inspect(packed)
     assert described.quantised.startswith(f"{2 * (4 + 4 * 3)} weights, {writer}: ")
     assert "NVFP4" in described.quantised
@@ -143,10 +143,10 @@ def test_folders_packed_by_different_methods_are_compared_as_they_are_read(plain
     one, other = (
         write_packed(plain("qwen3"), tmp_path / writer, lambda module: "fp8", writer)[0] for writer in WRITERS
     )
-    verify(one, other)
+    verify(one, other).raise_if_different()
     change(other, lambda tensors: tensors.update({f"{DOWN}.weight_scale": tensors[f"{DOWN}.weight_scale"] * 2}))
     with pytest.raises(BridgeError, match="down_proj"):
-        verify(one, other)
+        verify(one, other).raise_if_different()
 
 
 def test_fp32_models_are_read_without_rounding(plain, tmp_path):
@@ -175,7 +175,7 @@ def test_scales_in_half_precision_and_of_other_shapes(plain, tmp_path):
     change(packed, edit)
     change(read, lambda tensors: tensors.update(rounded))
     import_ckpt(packed, tmp_path / "megatron")
-    verify(tmp_path / "megatron", read)
+    verify(tmp_path / "megatron", read).raise_if_different()
 
 
 def test_targets_by_expression_and_inputs_quantised_otherwise(plain, tmp_path):
@@ -190,7 +190,7 @@ def test_targets_by_expression_and_inputs_quantised_otherwise(plain, tmp_path):
 
     change(packed, lambda tensors: None, config)
     import_ckpt(packed, tmp_path / "megatron")
-    verify(tmp_path / "megatron", read)
+    verify(tmp_path / "megatron", read).raise_if_different()
 
 
 BROKEN = {
