@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,8 @@ def settings_of(config: Config) -> PreTrainedConfig:
     """config.json as transformers understands it."""
     import transformers
 
-    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    # It changes what it is given.
+    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
 
 
 def on_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -91,7 +91,7 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
     import torch.distributed as dist
 
     from bridge_core import AutoBridge, BridgeError
-    from bridge_core.runtime import load, node_load, save
+    from bridge_core.runtime import load, node_load, shared_files
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mcore_jobs import build
 
@@ -105,8 +105,8 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
         places = {
             "load": [(load, "gather")],
             "load, room": [(node_load, "staging")],
-            "save": [(save.SharedFiles, "_write")],
-            "save, room": [(save, "staging")],
+            "save": [(shared_files.SharedFiles, "_write")],
+            "save, room": [(shared_files, "staging")],
         }.get(step, [])
         originals = [(where, name, getattr(where, name)) for where, name in places]
         if dist.get_rank() == 1:
