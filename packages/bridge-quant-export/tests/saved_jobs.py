@@ -14,7 +14,6 @@ def save_and_export(
     formats: list[tuple[str, str]],
     *,
     spec: str = "host",
-    kv: bool = False,
 ) -> None:
     """Quantise, save to `out/{format}` as Megatron-LM does with ModelOpt, export live to `out/{format}-{writer}`."""
     import warnings
@@ -35,7 +34,7 @@ def save_and_export(
     with host_backend():
         for name in dict.fromkeys(name for name, _ in formats):
             pg, chunks = build_loaded(bridge, layout, spec, grouped=False)
-            quantise(chunks, pg, name, kv=kv)
+            quantise(chunks, pg, name)
             folder = Path(out, name)
             if dist.get_rank() == 0:
                 folder.mkdir()
