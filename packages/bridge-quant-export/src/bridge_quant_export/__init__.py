@@ -5,8 +5,9 @@ Importing this package needs neither torch nor modelopt.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bridge_core.extras import late
 
 if TYPE_CHECKING:
     from bridge_quant_export.live.export import ExportReport, export_quantized
@@ -16,16 +17,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ExportReport", "SavedReport", "export_quantized", "export_saved", "prepare_for_modelopt"]
 
-_AT = {
-    "ExportReport": "bridge_quant_export.live.export",
-    "export_quantized": "bridge_quant_export.live.export",
-    "prepare_for_modelopt": "bridge_quant_export.prepare",
-    "SavedReport": "bridge_quant_export.saved.export",
-    "export_saved": "bridge_quant_export.saved.export",
+_HOME = {
+    "ExportReport": "live.export",
+    "export_quantized": "live.export",
+    "prepare_for_modelopt": "prepare",
+    "SavedReport": "saved.export",
+    "export_saved": "saved.export",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _AT:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_AT[name]), name)
+__getattr__, __dir__ = late(__name__, _HOME)

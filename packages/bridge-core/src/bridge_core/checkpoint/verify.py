@@ -20,7 +20,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles
-from bridge_core.checkpoint.hf_folder import open_hf
+from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
 from bridge_core.checkpoint.matching import megatron_entries
@@ -195,22 +195,20 @@ class _Side:
 
 def _open_both(a: Path, b: Path, variant: Variant) -> tuple[_Side, _Side]:
     kinds = {path: kind_of(path) for path in (a, b)}
-    folders = [open_hf(path) for path in (a, b) if kinds[path] == "hf"]
-    configs = [folder.config for folder in folders]
-    config = configs[0] if configs else None
-    shapes = folders[0].shapes if folders else None
+    opened = {path: open_hf(path) for path in (a, b) if kinds[path] == "hf"}
+    folders = [opened[path] for path in (a, b) if path in opened]
+    config, shapes = (folders[0].config, folders[0].shapes) if folders else (None, None)
     # Two folders quantised by one method are compared as they are stored, and one with any other as it is read.
     methods = [folder.config[OPTION].get("quant_method") for folder in folders if folder.codec is not None]
     as_stored = len(methods) == 2 and len(set(methods)) == 1
     first, second = (
-        _hf_side(path, as_stored) if kinds[path] == "hf" else _megatron_side(path, config, shapes, variant)
+        _hf_side(opened[path], as_stored) if path in opened else _megatron_side(path, config, shapes, variant)
         for path in (a, b)
     )
     return first, second
 
 
-def _hf_side(path: Path, as_stored: bool) -> _Side:
-    folder = open_hf(path)
+def _hf_side(folder: HfFolder, as_stored: bool) -> _Side:
     tensors = folder.stored if as_stored else folder.tensors
     try:
         ignored = family_for(folder.config).ignored

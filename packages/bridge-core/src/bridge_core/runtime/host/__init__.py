@@ -30,8 +30,9 @@ Not here: context parallelism (mcore has it with Transformer Engine only), FP8, 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bridge_core.extras import late
 
 if TYPE_CHECKING:
     from bridge_core.runtime.host.cuda_free import cpu_friendly as cpu_friendly
@@ -59,9 +60,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = late(__name__, _HOME)
