@@ -52,6 +52,15 @@ def test_each_file_is_written_by_one_rank_and_is_the_same(rank_pool, folders, tm
     check_exchanges(results, total, bucket)
 
 
+@pytest.mark.slow
+def test_owners_that_hold_no_vocabulary_know_its_padding(eight_ranks, folders, tmp_path):
+    """131 tokens are padded to 160 rows: ranks of middle stages hold none of them, and own files that do."""
+    layout = {"tp": 2, "pp": 4}
+    eight_ranks.run(save_both_ways, str(folders("qwen3")), layout, str(tmp_path), 40_000, timeout_s=120)
+    for file in sorted((tmp_path / "shared").iterdir()):
+        assert (tmp_path / "owned" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def check_opened(results, weights) -> None:
     """One rank per file, by the interpreter's account and by the reports; many by default."""
     for way, count in (("owned", 1), ("shared", 2)):
