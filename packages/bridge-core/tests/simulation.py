@@ -8,10 +8,9 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
-from bridge_core.errors import LayoutError
 from bridge_core.families import family_for
 from bridge_core.geometry import Piece, View
-from bridge_core.plan import Plan
+from bridge_core.plan import Plan, Shard
 from bridge_core.topology import ParallelLayout
 
 BASE = {
@@ -182,33 +181,37 @@ def apply(piece: Piece, source: np.ndarray, target: np.ndarray) -> None:
     look(target, piece.shape, piece.target)[...] = look(source, piece.shape, piece.source)
 
 
+def load_shard(shard: Shard, hf: dict[str, np.ndarray]) -> np.ndarray:
+    """A parameter in its shape, filled from the HF tensors: every element once."""
+    flat = np.full(prod(shard.shape), -1, np.int64)
+    for piece in shard.pieces:
+        apply(piece, hf[piece.source.tensor], flat)
+    array = flat.reshape(shard.shape)
+    for box in shard.pad:
+        region = tuple(slice(s, s + n) for s, n in zip(*box, strict=True))
+        assert (array[region] == -1).all(), "a piece wrote into the padding"
+        array[region] = 0
+    assert (array != -1).all(), f"{shard.param}: elements were left unwritten"
+    return array
+
+
 def load_rank(plan: Plan, rank: int, hf: dict[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray]:
-    """Every parameter of a rank by (chunk, name), in its shape; -1 where nothing was written."""
-    params = {}
-    for shard in plan.local_shards(rank):
-        flat = np.full(prod(shard.shape), -1, np.int64)
-        for piece in shard.pieces:
-            apply(piece, hf[piece.source.tensor], flat)
-        array = flat.reshape(shard.shape)
-        for box in shard.pad:
-            region = tuple(slice(s, s + n) for s, n in zip(*box, strict=True))
-            assert (array[region] == -1).all(), "a piece wrote into the padding"
-            array[region] = 0
-        assert (array != -1).all(), f"{shard.param}: elements were left unwritten"
-        params[shard.chunk, shard.param] = array
-    return params
+    """Every parameter of a rank by (chunk, name), in its shape."""
+    return {(shard.chunk, shard.param): load_shard(shard, hf) for shard in plan.local_shards(rank)}
+
+
+def save_shard(shard: Shard, array: np.ndarray, hf: dict[str, np.ndarray]) -> None:
+    """Write a parameter back into the HF tensors; a second copy of something has to bring the same values."""
+    flat = array.reshape(-1)
+    for piece in shard.pieces:
+        back = piece.inverse()
+        before = look(hf[back.target.tensor], back.shape, back.target).copy()
+        now = look(flat, back.shape, back.source)
+        assert ((before == -1) | (before == now)).all(), f"{shard.param}: replicas differ"
+        apply(back, flat, hf[back.target.tensor])
 
 
 def save_rank(plan: Plan, rank: int, params: dict, hf: dict[str, np.ndarray]) -> None:
-    """Write what a rank holds back into the HF tensors; a replica has to bring the same values."""
+    """Write what a rank holds back into the HF tensors."""
     for shard in plan.local_shards(rank):
-        flat = params[shard.chunk, shard.param].reshape(-1)
-        for piece in shard.pieces:
-            back = piece.inverse()
-            before = look(hf[back.target.tensor], back.shape, back.target).copy()
-            now = look(flat, back.shape, back.source)
-            assert ((before == -1) | (before == now)).all(), f"{shard.param}: replicas differ"
-            apply(back, flat, hf[back.target.tensor])
-
-
-__all__ = ["CONFIGS", "LayoutError", "distinct", "layouts", "load_rank", "make_plan", "save_rank"]
+        save_shard(shard, params[shard.chunk, shard.param], hf)
