@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import importlib
 import importlib.util
+import io
 import os
 import pickle
 import signal
@@ -186,7 +187,7 @@ def _leave_world() -> None:
 def _answer(pipe: Connection, reply: Reply) -> None:
     """Send the answer; what cannot be pickled is replaced by a description."""
     try:
-        message = pickle.dumps(reply)
+        message = _pickled(reply)
         pickle.loads(message)  # an error class may pickle and not unpickle: find out here
     except Exception as error:  # any failure to pickle is an answer too
         if reply.failed:
@@ -196,3 +197,20 @@ def _answer(pipe: Connection, reply: Reply) -> None:
             reply = Reply(summary=text, traceback_text=traceback.format_exc(), failed_at=time.monotonic())
         message = pickle.dumps(reply)
     pipe.send_bytes(message)
+
+
+class _OnCpu(pickle.Pickler):
+    """Pickles tensors as if they were on the CPU: the caller has no part in this rank's GPU."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        import torch
+
+        if isinstance(obj, torch.Tensor) and obj.device.type != "cpu":
+            return obj.detach().cpu().__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        return NotImplemented
+
+
+def _pickled(reply: Reply) -> bytes:
+    file = io.BytesIO()
+    _OnCpu(file).dump(reply)
+    return file.getvalue()

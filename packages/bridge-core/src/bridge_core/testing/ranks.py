@@ -47,6 +47,9 @@ _CHILD_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCHDYNAMO_DISABLE": "1",
 }
+# Read by CUDA when a rank first uses it. Ranks on gloo see no GPU, so that they do the same work on every machine;
+# on a GPU float32 is multiplied as float32, so that results can be compared with those of a CPU.
+_DEVICE_ENVIRONMENT = {"gloo": {"CUDA_VISIBLE_DEVICES": ""}, "nccl": {"NVIDIA_TF32_OVERRIDE": "0"}}
 # What most jobs need; a module that is not installed is passed over.
 _PRELOAD = ("torch", "torch.distributed", "megatron.core.models.gpt", "megatron.core.dist_checkpointing")
 
@@ -70,13 +73,15 @@ class RankPool:
 
     Args:
         size: number of processes, the largest job.
-        backend: "gloo" for CPU, or "nccl" for one GPU per rank (CPU tensors then go through gloo).
+        backend: "gloo" for CPU, where ranks see no GPU, or "nccl" for one GPU per rank (CPU tensors then go
+            through gloo).
         timeout_s: default limit of one job, and of each collective in it.
         preload: modules that are imported once, before the ranks exist. Only the first pool of a program has
             a say: all pools share one multiprocessing fork server.
 
-    The processes are started (method "forkserver", one thread each) by the first `run`. The script that uses
-    the pool must be import-safe (`if __name__ == "__main__"`). Not safe for use from several threads.
+    The processes are started (method "forkserver", one thread each) by the first `run`; with NCCL each on its own
+    (method "spawn"), as CUDA does not survive a fork. The script that uses the pool must be import-safe
+    (`if __name__ == "__main__"`). Not safe for use from several threads.
     """
 
     def __init__(
@@ -185,13 +190,14 @@ class RankPool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="bridge-ranks-")
         atexit.register(self.close)  # multiprocessing would wait for the ranks, and they for a job
-        context = get_context("forkserver")
+        context = get_context("spawn" if self.backend == "nccl" else "forkserver")
         context.set_forkserver_preload(list(self.preload))
+        environment = _CHILD_ENVIRONMENT | _DEVICE_ENVIRONMENT[self.backend]
         with _environment(_CHILD_ENVIRONMENT):
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
                 place = (rank, self._store.port, self.backend, str(self._stacks_file(rank)))
-                arguments = (theirs, *place, _CHILD_ENVIRONMENT)
+                arguments = (theirs, *place, environment)
                 # Not a daemon: dist_checkpointing's writers are children of a rank, and daemons may have none.
                 process = context.Process(target=serve, args=arguments, daemon=False, name=f"rank-{rank}")
                 process.start()
