@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 
-class Ranks:
+class FirstRanks:
     """The first `size` ranks of some pools, as if they were all that there is.
 
-    A job runs in the first pool that has a rank for each of its own: on GPUs where there are enough of them.
+    A job runs in the first pool that has a rank for each of its own.
     """
 
-    def __init__(self, size: int, pools: Sequence[Any]) -> None:
+    def __init__(self, size: int, *pools: Any) -> None:
         self.size, self.pools = size, pools
 
     def pool_of(self, job: Sequence[int]) -> Any:
@@ -26,9 +26,12 @@ class Ranks:
         job = range(self.size) if ranks is None else ranks
         return self.pool_of(job).run(function, *args, ranks=job, **options)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pools[-1], name)
+
 
 @pytest.fixture(scope="session")
-def cpu_pool():
+def eight_ranks():
     """Eight gloo ranks that see no GPU, started by the first test that runs a job on any of them."""
     pytest.importorskip("torch", reason="real ranks need torch")
     pytest.importorskip("megatron.core", reason="real ranks need megatron-core")
@@ -39,39 +42,36 @@ def cpu_pool():
 
 
 @pytest.fixture(scope="session")
-def gpu_pool(cpu_pool):
-    """NCCL ranks, one per GPU and eight at most; None on a machine without any."""
+def rank_pool(eight_ranks):
+    """Four of them, which is what most jobs need."""
+    return FirstRanks(4, eight_ranks)
+
+
+@pytest.fixture(scope="session")
+def eight_device_ranks(eight_ranks):
+    """Eight ranks, with NCCL (and Transformer Engine, if it is installed) in jobs that have a GPU for each rank.
+
+    Without a GPU, or with too few of them for a job, it runs on gloo.
+    """
     import torch
 
     from bridge_core.testing.ranks import RankPool
 
     if not (devices := min(8, torch.cuda.device_count())):
-        yield None
+        yield FirstRanks(8, eight_ranks)
         return
     with RankPool(devices, "nccl", timeout_s=300) as pool:
-        yield pool
+        yield FirstRanks(8, pool, eight_ranks)
 
 
 @pytest.fixture(scope="session")
-def eight_ranks(cpu_pool, gpu_pool):
-    """Eight ranks: on NCCL, with Transformer Engine if it is installed, where each has a GPU; on gloo elsewhere."""
-    return Ranks(8, [gpu_pool, cpu_pool] if gpu_pool else [cpu_pool])
-
-
-@pytest.fixture(scope="session")
-def rank_pool(eight_ranks):
-    """Four of them, which is what most jobs need."""
-    return Ranks(4, eight_ranks.pools)
-
-
-@pytest.fixture(scope="session")
-def cpu_ranks(cpu_pool):
-    """Four ranks on gloo, on every machine: for what is about the CPU."""
-    return Ranks(4, [cpu_pool])
+def device_ranks(eight_device_ranks):
+    """Four of them."""
+    return FirstRanks(4, *eight_device_ranks.pools)
 
 
 def pytest_collection_modifyitems(items):
     """Whatever uses a pool is marked `ranks`."""
     for item in items:
-        if "cpu_pool" in getattr(item, "fixturenames", ()):
+        if "eight_ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ranks)

@@ -63,7 +63,8 @@ def changed_head(path: str, layout: dict[str, Any], allowed: tuple[str, ...]):
         pg, chunks = _build(bridge, layout)
         last = pg.pp.rank() == pg.pp.size() - 1
         if last:
-            chunks[-1].output_layer = torch.nn.Linear(bridge.fields["hidden_size"], 1)
+            device = next(chunks[-1].parameters()).device
+            chunks[-1].output_layer = torch.nn.Linear(bridge.fields["hidden_size"], 1, device=device)
             torch.nn.init.constant_(chunks[-1].output_layer.weight, 3.0)
         try:
             report = bridge.load_hf_weights(chunks, allowed_mismatched=allowed)

@@ -111,11 +111,11 @@ def canonical(name: str, expected: dict) -> str:
 
 
 @pytest.mark.parametrize(("name", "layout", "spec"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_mcore_loads_an_imported_checkpoint(rank_pool, made, name, layout, spec):
+def test_mcore_loads_an_imported_checkpoint(device_ranks, made, name, layout, spec):
     hf_path, megatron, logits = made(name)
     bridge = AutoBridge.from_hf_pretrained(hf_path)
     wanted = parallel_layout(layout)
-    results = rank_pool.run(
+    results = device_ranks.run(
         load_and_run,
         bridge.fields,
         layout,
@@ -154,13 +154,13 @@ def compare_logits(results, expected, layout: ParallelLayout) -> None:
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_what_mcore_saved_at_any_layout_is_exported_to_the_original(rank_pool, made, tmp_path, name, layout, spec):
+def test_what_mcore_saved_at_any_layout_is_exported_to_the_original(device_ranks, made, tmp_path, name, layout, spec):
     """mcore loads at one layout and saves; the export equals the model that was imported, file for file."""
     hf_path, megatron, _ = made(name)
     bridge = AutoBridge.from_hf_pretrained(hf_path)
     saved = tmp_path / "saved"
     saved.mkdir()
-    rank_pool.run(
+    device_ranks.run(
         load_and_run,
         bridge.fields,
         layout,

@@ -43,9 +43,9 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_what_ranks_hold_is_the_checkpoint(rank_pool, source, name, layout):
+def test_what_ranks_hold_is_the_checkpoint(device_ranks, source, name, layout):
     folder, expected = source(name)
-    results = rank_pool.run(describe, str(folder), layout, ranks=range(ParallelLayout(**layout).world_size))
+    results = device_ranks.run(describe, str(folder), layout, ranks=range(ParallelLayout(**layout).world_size))
     compare_shards(results, expected)
     compare_entries(results, expected)
     for result in results:

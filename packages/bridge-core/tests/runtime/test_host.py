@@ -105,14 +105,14 @@ LAYERS = {
 
 
 @pytest.fixture(scope="module")
-def reference(cpu_ranks, tmp_path_factory):
+def reference(rank_pool, tmp_path_factory):
     """Per model: what one rank computes, and the checkpoint that it saved; each made once."""
     made = {}
 
     def make(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            (result,) = cpu_ranks.run(run_gpt, Case(MODELS[name], save=str(folder), backward=True), ranks=[0])
+            (result,) = rank_pool.run(run_gpt, Case(MODELS[name], save=str(folder), backward=True), ranks=[0])
             made[name] = (result, str(folder))
         return made[name]
 
@@ -142,17 +142,17 @@ def test_backward_reaches_every_parameter(reference, name):
 # Latent attention: mcore's own attention core takes no `k_channels`. Biased experts: its sequential experts
 # change a view in place.
 @pytest.mark.parametrize("name", ["dense", "biased", "moe", "mixed"])
-def test_host_and_local_spec_give_the_same_logits(cpu_ranks, name):
-    ((host, local),) = cpu_ranks.run(run_twins, Case(MODELS[name]), ranks=[0])
+def test_host_and_local_spec_give_the_same_logits(rank_pool, name):
+    ((host, local),) = rank_pool.run(run_twins, Case(MODELS[name]), ranks=[0])
     assert host.std() > 0.1
     torch.testing.assert_close(host, local, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["dense", "biased"])
-def test_a_host_checkpoint_loads_into_the_local_spec(cpu_ranks, reference, name):
+def test_a_host_checkpoint_loads_into_the_local_spec(rank_pool, reference, name):
     result, folder = reference(name)
     case = Case(MODELS[name], {"tp": 2}, spec="local", load=folder, mask=True)
-    same([r["logits"] for r in cpu_ranks.run(run_gpt, case, ranks=[0, 1])], result["logits"], atol=1e-5)
+    same([r["logits"] for r in rank_pool.run(run_gpt, case, ranks=[0, 1])], result["logits"], atol=1e-5)
 
 
 LAYOUTS = {
@@ -174,10 +174,10 @@ CASES += [("mixed", "tp2-ep4-etp1"), ("biased-moe", "tp2-ep2-etp1"), ("biased-mo
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_every_layout_computes_what_one_rank_computes(cpu_ranks, reference, name, layout):
+def test_every_layout_computes_what_one_rank_computes(rank_pool, reference, name, layout):
     result, folder = reference(name)
     sizes, ranks = (LAYOUTS | EXPERT_LAYOUTS)[layout]
-    answers = cpu_ranks.run(run_gpt, Case(MODELS[name], sizes, load=folder), ranks=range(ranks))
+    answers = rank_pool.run(run_gpt, Case(MODELS[name], sizes, load=folder), ranks=range(ranks))
     same([answer["logits"] for answer in answers], result["logits"], atol=1e-5)
 
 
@@ -188,19 +188,19 @@ def test_every_layout_computes_what_one_rank_computes(cpu_ranks, reference, name
     [(DENSE, "dense"), (BIASED, "biased"), (MOE, "moe"), (LATENT | {"sequence_parallel": True}, "latent")],
     ids=["dense", "biased", "moe", "latent"],
 )
-def test_gradients_of_tensor_parallel_shards_are_those_of_one_rank(cpu_ranks, reference, kwargs, name):
+def test_gradients_of_tensor_parallel_shards_are_those_of_one_rank(rank_pool, reference, kwargs, name):
     result, folder = reference(name)
     case = Case(kwargs, {"tp": 2}, load=folder, backward=True)
-    for answer in cpu_ranks.run(run_gpt, case, ranks=[0, 1]):
+    for answer in rank_pool.run(run_gpt, case, ranks=[0, 1]):
         assert answer["squares"].keys() == result["squares"].keys()
         assert answer["squares"] == pytest.approx(result["squares"], rel=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [{"dp": 2, "ep": 2}, {"tp": 2, "ep": 2, "etp": 1}], ids=["ep2", "tp2-ep2"])
-def test_the_all_to_all_dispatcher_works_too(cpu_ranks, reference, sizes):
+def test_the_all_to_all_dispatcher_works_too(rank_pool, reference, sizes):
     result, folder = reference("moe")
     case = Case(MOE | {"moe_token_dispatcher_type": "alltoall"}, sizes, load=folder)
-    same([r["logits"] for r in cpu_ranks.run(run_gpt, case, ranks=[0, 1])], result["logits"], atol=1e-5)
+    same([r["logits"] for r in rank_pool.run(run_gpt, case, ranks=[0, 1])], result["logits"], atol=1e-5)
 
 
 OTHERS = {
@@ -222,8 +222,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_features_train(cpu_ranks, name):
-    for answer in cpu_ranks.run(run_gpt, Case(OTHERS[name], {"tp": 2, "etp": 1}, backward=True), ranks=[0, 1]):
+def test_other_features_train(rank_pool, name):
+    for answer in rank_pool.run(run_gpt, Case(OTHERS[name], {"tp": 2, "etp": 1}, backward=True), ranks=[0, 1]):
         assert answer["without_gradient"] == []
         assert torch.isfinite(answer["logits"]).all()
 
@@ -248,10 +248,10 @@ READS = {
     ],
     ids=["dense-tp2", "mixed-tp2-ep2", "mixed-pp2-vpp2", "latent-tp2-pp2"],
 )
-def test_no_global_parallel_state_is_read(cpu_ranks, tmp_path, kwargs, sizes, ranks):
+def test_no_global_parallel_state_is_read(rank_pool, tmp_path, kwargs, sizes, ranks):
     allowed = frozenset(read.partition(": ")[2] for read in READS)
     case = Case(kwargs, sizes, save=str(tmp_path), backward="pp" not in sizes)
-    for reads in cpu_ranks.run(run_poisoned, case, allowed, ranks=range(ranks)):
+    for reads in rank_pool.run(run_poisoned, case, allowed, ranks=range(ranks)):
         assert set(reads) <= READS
 
 
@@ -259,17 +259,17 @@ def test_no_global_parallel_state_is_read(cpu_ranks, tmp_path, kwargs, sizes, ra
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 2, "ep": 2, "etp": 1}, {"dp": 2, "ep": 2}, {"tp": 2}], ids=str)
-def test_grouped_experts_save_what_mcores_sequential_experts_save(cpu_ranks, sizes):
+def test_grouped_experts_save_what_mcores_sequential_experts_save(rank_pool, sizes):
     """mcore promises that its grouped and sequential experts are interchangeable: the oracle for keys and offsets."""
     ranks = range(sizes.get("tp", 1) * sizes.get("dp", 1))
-    grouped = cpu_ranks.run(shard_table, Case(MOE, sizes), ranks=ranks)
-    sequential = cpu_ranks.run(shard_table, Case(MOE | {"moe_grouped_gemm": False}, sizes), ranks=ranks)
+    grouped = rank_pool.run(shard_table, Case(MOE, sizes), ranks=ranks)
+    sequential = rank_pool.run(shard_table, Case(MOE | {"moe_grouped_gemm": False}, sizes), ranks=ranks)
     for ours, theirs in zip(grouped, sequential, strict=True):
         assert sorted(ours.values()) == sorted(theirs.values())
 
 
-def test_keys_and_shapes_of_a_mixture_of_experts(cpu_ranks):
-    (table,) = cpu_ranks.run(shard_table, Case(MOE), ranks=[0])
+def test_keys_and_shapes_of_a_mixture_of_experts(rank_pool):
+    (table,) = rank_pool.run(shard_table, Case(MOE), ranks=[0])
     tensors = {(key, shape) for kind, key, shape, _, _ in table.values() if kind == "tensor"}
     assert tensors == {
         ("embedding.word_embeddings.weight", (96, 64)),
@@ -305,18 +305,18 @@ def test_keys_and_shapes_of_a_mixture_of_experts(cpu_ranks):
     [(MOE, {"tp": 2, "dp": 2, "ep": 2, "etp": 1}, 4), (LATENT, {"tp": 2, "dp": 2}, 4), (MIXED, {"dp": 4, "ep": 2}, 4)],
     ids=["moe", "latent", "mixed"],
 )
-def test_exactly_one_rank_saves_each_shard(cpu_ranks, kwargs, sizes, ranks):
-    tables = cpu_ranks.run(shard_table, Case(kwargs, sizes), ranks=range(ranks))
+def test_exactly_one_rank_saves_each_shard(rank_pool, kwargs, sizes, ranks):
+    tables = rank_pool.run(shard_table, Case(kwargs, sizes), ranks=range(ranks))
     everything = {entry[1:4] for table in tables for entry in table.values()}
     savers = [entry[1:4] for table in tables for entry in table.values() if entry[4] == (0, 0, 0)]
     assert len(savers) == len(set(savers))
     assert set(savers) == everything
 
 
-def test_multi_token_prediction_layers_have_transformer_engines_names(cpu_ranks):
+def test_multi_token_prediction_layers_have_transformer_engines_names(rank_pool):
     # mcore decides by its global state which stage holds them: this one needs it initialised.
     case = Case(MOE | {"mtp_num_layers": 1}, {"tp": 2, "etp": 1}, global_state=True)
-    for table in cpu_ranks.run(shard_table, case, ranks=[0, 1]):
+    for table in rank_pool.run(shard_table, case, ranks=[0, 1]):
         names = {name.partition("#")[0] for name, entry in table.items() if entry[0] == "tensor"}
         found = {name.removeprefix("mtp.layers.0.") for name in names if name.startswith("mtp.")}
         # 0.16.1 calls the layer `transformer_layer`, 0.19.2 `mtp_model_layer`.

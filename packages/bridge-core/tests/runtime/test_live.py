@@ -56,18 +56,18 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "layout", "spec"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_load_run_save_and_stream(rank_pool, models, tmp_path, name, layout, spec):
+def test_load_run_save_and_stream(device_ranks, models, tmp_path, name, layout, spec):
     folder, logits = models(name)
-    check_round_trip(rank_pool, folder, logits, layout, spec, tmp_path / "out")
+    check_round_trip(device_ranks, folder, logits, layout, spec, tmp_path / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [{"tp": 2, "pp": 2, "ep": 2, "etp": 1, "dp": 2}, {"tp": 2, "pp": 2, "ep": 2, "etp": 2, "dp": 2}]
 )
-def test_eight_ranks(eight_ranks, models, tmp_path, layout):
+def test_eight_ranks(eight_device_ranks, models, tmp_path, layout):
     folder, logits = models("qwen3_moe")
-    check_round_trip(eight_ranks, folder, logits, layout, "host", tmp_path / "out")
+    check_round_trip(eight_device_ranks, folder, logits, layout, "host", tmp_path / "out")
 
 
 def check_round_trip(pool, folder, logits, layout, spec, out):
@@ -127,9 +127,9 @@ def compare_logits(results, expected, layout: ParallelLayout) -> None:
         ({"qk_layernorm": False}, ["model lacks", "q_layernorm"]),
     ],
 )
-def test_another_model_is_refused_before_a_byte_is_copied(rank_pool, models, changes, words):
+def test_another_model_is_refused_before_a_byte_is_copied(device_ranks, models, changes, words):
     folder, _ = models("qwen3")
-    for text in rank_pool.run(refuse, str(folder), changes, {"tp": 2}, ranks=[0, 1]):
+    for text in device_ranks.run(refuse, str(folder), changes, {"tp": 2}, ranks=[0, 1]):
         for word in words:
             assert word in text, text
 
@@ -144,10 +144,10 @@ def test_another_model_is_refused_before_a_byte_is_copied(rank_pool, models, cha
         ("stream", "left the stream"),
     ],
 )
-def test_one_failing_rank_is_heard_by_all(rank_pool, models, tmp_path, step, words):
+def test_one_failing_rank_is_heard_by_all(device_ranks, models, tmp_path, step, words):
     folder, _ = models("qwen3")
     out = tmp_path / "out"
-    told = rank_pool.run(fail_on_one_rank, str(folder), {"tp": 2}, step, str(out), ranks=[0, 1], timeout_s=60)
+    told = device_ranks.run(fail_on_one_rank, str(folder), {"tp": 2}, step, str(out), ranks=[0, 1], timeout_s=60)
     assert words in told[0]
     assert told[1] == "left" if step == "stream" else words in told[1]
     assert not out.exists()

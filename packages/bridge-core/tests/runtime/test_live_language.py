@@ -27,14 +27,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_a_language_model_is_loaded_run_saved_and_streamed(rank_pool, tmp_path, name, layout):
+def test_a_language_model_is_loaded_run_saved_and_streamed(device_ranks, tmp_path, name, layout):
     model = make_model(name)
     folder = save_published(model, tmp_path / "hf")
     with torch.no_grad():
         logits = model(TOKENS).logits
     ranks = range(ParallelLayout(**layout).world_size)
     out = tmp_path / "out"
-    results = rank_pool.run(round_trip, str(folder), layout, "host", str(out), TOKENS, ranks=ranks, ignore=VISUAL)
+    results = device_ranks.run(round_trip, str(folder), layout, "host", str(out), TOKENS, ranks=ranks, ignore=VISUAL)
     assert all(name.startswith("model.visual.") for name in results[0]["loaded"].ignored)
     found = verify(folder, out, names=["model.language_model.*", "lm_head.*"])
     assert found.ok, found
@@ -42,7 +42,7 @@ def test_a_language_model_is_loaded_run_saved_and_streamed(rank_pool, tmp_path, 
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "ep": 2, "etp": 1}], ids=str)
-def test_mcore_loads_the_language_model_of_an_imported_checkpoint(rank_pool, tmp_path, layout):
+def test_mcore_loads_the_language_model_of_an_imported_checkpoint(device_ranks, tmp_path, layout):
     """A checkpoint that holds the tower as well does no harm to mcore's own loading of the rest."""
     name = "qwen3_vl_moe" if "ep" in layout else "qwen3_vl"
     model = make_model(name)
@@ -54,7 +54,7 @@ def test_mcore_loads_the_language_model_of_an_imported_checkpoint(rank_pool, tmp
     wanted = ParallelLayout(**layout)
     checkpoint = str(tmp_path / "megatron" / "iter_0000000")
     ranks = range(wanted.world_size)
-    results = rank_pool.run(load_and_run, bridge.fields, layout, checkpoint, TOKENS, spec="host", ranks=ranks)
+    results = device_ranks.run(load_and_run, bridge.fields, layout, checkpoint, TOKENS, spec="host", ranks=ranks)
     hf = open_hf(folder)
     for rank, (params, _, _) in enumerate(results):
         assert_equal_parameters(params, expected_parameters(bridge, hf, wanted, rank), spec="host")

@@ -34,10 +34,10 @@ def nbytes(folder):
 
 
 @pytest.mark.parametrize(("name", "layout"), [("qwen3", {"tp": 2, "pp": 2}), ("qwen3_moe", {"ep": 2, "dp": 2})])
-def test_one_rank_of_a_node_reads_for_all(rank_pool, folders, name, layout):
+def test_one_rank_of_a_node_reads_for_all(device_ranks, folders, name, layout):
     folder = folders(name)
     ranks = range(4 if "pp" in layout else 2)
-    reports = rank_pool.run(one_reader, str(folder), layout, 2, ranks=ranks)
+    reports = device_ranks.run(one_reader, str(folder), layout, 2, ranks=ranks)
     for rank, report in enumerate(reports):
         assert (report.bytes_read > 0) == (rank % 2 == 0)
         assert 1 < report.broadcasts <= nbytes(folder) // 30_000 + 2
@@ -46,18 +46,18 @@ def test_one_rank_of_a_node_reads_for_all(rank_pool, folders, name, layout):
     assert sum(report.bytes_read for report in reports) == nbytes(folder)
 
 
-def test_a_reader_that_fails_is_heard_by_all(rank_pool, folders):
-    told = rank_pool.run(one_reader, str(folders("qwen3")), {"tp": 2}, 2, broken=True, ranks=[0, 1], timeout_s=60)
+def test_a_reader_that_fails_is_heard_by_all(device_ranks, folders):
+    told = device_ranks.run(one_reader, str(folders("qwen3")), {"tp": 2}, 2, broken=True, ranks=[0, 1], timeout_s=60)
     assert all("no memory left" in text for text in told)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("qwen3", {"tp": 2}), ("qwen3", {"pp": 2}), ("llama-tied", {"pp": 2})])
-def test_a_changed_head_is_left_alone_and_reported(rank_pool, folders, name, layout):
+def test_a_changed_head_is_left_alone_and_reported(device_ranks, folders, name, layout):
     folder = str(folders(name))
-    for report in rank_pool.run(changed_head, folder, layout, HEAD, ranks=[0, 1]):
+    for report in device_ranks.run(changed_head, folder, layout, HEAD, ranks=[0, 1]):
         assert report.left == ("output_layer.bias", "output_layer.weight")
     # Without the exception, and with one that is no parameter, nothing is loaded.
-    refused = rank_pool.run(changed_head, folder, layout, (), ranks=[0, 1])
+    refused = device_ranks.run(changed_head, folder, layout, (), ranks=[0, 1])
     assert all("output_layer" in text for text in refused)
-    refused = rank_pool.run(changed_head, folder, layout, (*HEAD, "value_head.weight"), ranks=[0, 1])
+    refused = device_ranks.run(changed_head, folder, layout, (*HEAD, "value_head.weight"), ranks=[0, 1])
     assert all("value_head.weight" in text for text in refused)

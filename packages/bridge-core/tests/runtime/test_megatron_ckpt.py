@@ -38,29 +38,29 @@ def ranks(layout):
 
 
 @pytest.mark.parametrize(("name", "saved_at", "loaded_at"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_save_reshard_and_export(rank_pool, folders, tmp_path, name, saved_at, loaded_at):
+def test_save_reshard_and_export(device_ranks, folders, tmp_path, name, saved_at, loaded_at):
     folder, run = folders(name), tmp_path / "run"
-    reports = rank_pool.run(save, str(folder), saved_at, str(run), iteration=7, ranks=ranks(saved_at))
+    reports = device_ranks.run(save, str(folder), saved_at, str(run), iteration=7, ranks=ranks(saved_at))
     assert {report.folder for report in reports} == {run / "iter_0000007"}
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "7"
     assert not list(run.glob(".*"))
-    reports = rank_pool.run(load, str(folder), loaded_at, str(run), ranks=ranks(loaded_at))
+    reports = device_ranks.run(load, str(folder), loaded_at, str(run), ranks=ranks(loaded_at))
     assert {report.iteration for report in reports} == {7}
     AutoBridge.from_hf_pretrained(folder).export_ckpt(run, tmp_path / "hf")
     for file in sorted(folder.glob("*.safetensors*")):
         assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_run_config_is_enough_to_export(rank_pool, folders, tmp_path):
+def test_the_run_config_is_enough_to_export(device_ranks, folders, tmp_path):
     """Without the HF folder: config.json comes from run_config.yaml."""
     from bridge_core import export_ckpt, verify
 
     folder, run = folders("llama"), tmp_path / "run"
-    rank_pool.run(save, str(folder), {"tp": 2}, str(run), ranks=[0, 1])
+    device_ranks.run(save, str(folder), {"tp": 2}, str(run), ranks=[0, 1])
     export_ckpt(run, tmp_path / "hf")
     verify(folder, tmp_path / "hf").raise_if_different()
     with pytest.raises(Exception, match="already holds something"):
-        rank_pool.run(save, str(folder), {"tp": 2}, str(run), ranks=[0, 1])
-    rank_pool.run(save, str(folder), {"tp": 2}, str(run), overwrite=True, ranks=[0, 1])
-    for text in rank_pool.run(load_refused, str(folder), {"num_layers": 5}, {"tp": 2}, str(run), ranks=[0, 1]):
+        device_ranks.run(save, str(folder), {"tp": 2}, str(run), ranks=[0, 1])
+    device_ranks.run(save, str(folder), {"tp": 2}, str(run), overwrite=True, ranks=[0, 1])
+    for text in device_ranks.run(load_refused, str(folder), {"num_layers": 5}, {"tp": 2}, str(run), ranks=[0, 1]):
         assert "layers" in text, text

@@ -39,23 +39,23 @@ def check(texts, words: str) -> None:
 @pytest.mark.parametrize("verb", ["save", "load"])
 @pytest.mark.parametrize("place", ["start", "moving"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_an_error_on_one_rank_is_raised_on_all(rank_pool, folder, notes, tmp_path, verb, place, rank):
+def test_an_error_on_one_rank_is_raised_on_all(device_ranks, folder, notes, tmp_path, verb, place, rank):
     run = tmp_path / "run"
     if verb == "load":
-        rank_pool.run(save, str(folder), LAYOUT, str(run))
-    told = rank_pool.run(fail, str(folder), LAYOUT, verb, place, rank, str(run), str(notes), timeout_s=90)
+        device_ranks.run(save, str(folder), LAYOUT, str(run))
+    told = device_ranks.run(fail, str(folder), LAYOUT, verb, place, rank, str(run), str(notes), timeout_s=90)
     check(told, "No space left on device")
     if verb == "save":
         assert not list(run.glob("*"))
         assert not list(run.glob(".*"))
 
 
-def test_a_save_after_a_failed_one_reports_its_own_bytes(rank_pool, folder, notes, tmp_path):
+def test_a_save_after_a_failed_one_reports_its_own_bytes(device_ranks, folder, notes, tmp_path):
     """What ranks wrote before another one failed is forgotten: megatron-core would take it for the next save's."""
-    rank_pool.run(fail, str(folder), LAYOUT, "save", "moving", 2, str(tmp_path / "failed"), str(notes), timeout_s=90)
+    device_ranks.run(fail, str(folder), LAYOUT, "save", "moving", 2, str(tmp_path / "failed"), str(notes), timeout_s=90)
     other = {"tp": 2, "dp": 2}
-    rank_pool.run(save, str(folder), other, str(tmp_path / "run"))
-    rank_pool.run(load, str(folder), other, str(tmp_path / "run"))
+    device_ranks.run(save, str(folder), other, str(tmp_path / "run"))
+    device_ranks.run(load, str(folder), other, str(tmp_path / "run"))
 
 
 @pytest.mark.slow

@@ -140,13 +140,12 @@ def test_a_job_on_some_ranks_has_a_world_of_its_own(rank_pool):
 
 
 def test_an_exception_reaches_the_caller_with_its_traceback(rank_pool):
-    pool = rank_pool.pool_of(range(4))
     with pytest.raises(RankError, match="KeyError: 'not here'") as caught:
         rank_pool.run(fail_on, 2)
     assert caught.value.rank == 2
     assert 'raise KeyError("not here")' in caught.value.traceback_text
     assert isinstance(caught.value.__cause__, KeyError)
-    assert pool.started, "living processes are kept"
+    assert rank_pool.started, "living processes are kept"
     assert rank_pool.run(total, 0) == [6] * 4, "and the next job does not meet the failed one's collectives"
 
 

@@ -39,9 +39,9 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "layout", "bucket"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_each_file_is_written_by_one_rank_and_is_the_same(rank_pool, folders, tmp_path, name, layout, bucket):
+def test_each_file_is_written_by_one_rank_and_is_the_same(device_ranks, folders, tmp_path, name, layout, bucket):
     ranks = range(ParallelLayout(**layout).world_size)
-    results = rank_pool.run(save_both_ways, str(folders(name)), layout, str(tmp_path), bucket, ranks=ranks)
+    results = device_ranks.run(save_both_ways, str(folders(name)), layout, str(tmp_path), bucket, ranks=ranks)
     shared, owned = tmp_path / "shared", tmp_path / "owned"
     names = sorted(file.name for file in shared.iterdir())
     assert sorted(file.name for file in owned.iterdir()) == names
@@ -53,10 +53,10 @@ def test_each_file_is_written_by_one_rank_and_is_the_same(rank_pool, folders, tm
 
 
 @pytest.mark.slow
-def test_owners_that_hold_no_vocabulary_know_its_padding(eight_ranks, folders, tmp_path):
+def test_owners_that_hold_no_vocabulary_know_its_padding(eight_device_ranks, folders, tmp_path):
     """131 tokens are padded to 160 rows: ranks of middle stages hold none of them, and own files that do."""
     layout = {"tp": 2, "pp": 4}
-    eight_ranks.run(save_both_ways, str(folders("qwen3")), layout, str(tmp_path), 40_000, timeout_s=120)
+    eight_device_ranks.run(save_both_ways, str(folders("qwen3")), layout, str(tmp_path), 40_000, timeout_s=120)
     for file in sorted((tmp_path / "shared").iterdir()):
         assert (tmp_path / "owned" / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -114,9 +114,9 @@ def test_boxes_follow_one_another_and_are_bounded(shape, numel):
 
 
 @pytest.mark.parametrize("step", ["_create", "_pack", "_write"])
-def test_a_rank_that_fails_stops_all_in_the_next_round(rank_pool, folders, tmp_path, step):
+def test_a_rank_that_fails_stops_all_in_the_next_round(device_ranks, folders, tmp_path, step):
     out = tmp_path / "out"
-    told = rank_pool.run(
+    told = device_ranks.run(
         fail, str(folders("qwen3")), {"tp": 2, "pp": 2}, str(out), step, 2, killed=False, ranks=range(4), timeout_s=60
     )
     assert all("no memory left" in text for text in told), told

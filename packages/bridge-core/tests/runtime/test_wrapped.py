@@ -56,11 +56,11 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "layout", "wrapper", "dtype"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_load_describe_stream_and_save(rank_pool, folders, tmp_path, name, layout, wrapper, dtype):
+def test_load_describe_stream_and_save(device_ranks, folders, tmp_path, name, layout, wrapper, dtype):
     folder, expected = folders(name, dtype)
     ranks = range(ParallelLayout(**layout).world_size)
     options = {"megatron": wrapper in MEGATRON and name == "qwen3"}
-    results = rank_pool.run(everything, str(folder), layout, wrapper, dtype, str(tmp_path), ranks=ranks, **options)
+    results = device_ranks.run(everything, str(folder), layout, wrapper, dtype, str(tmp_path), ranks=ranks, **options)
     for file in sorted(folder.glob("*.safetensors*")):
         for way in ("hf", "owned"):
             assert (tmp_path / way / file.name).read_bytes() == file.read_bytes(), file.name

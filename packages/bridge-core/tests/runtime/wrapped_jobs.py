@@ -12,12 +12,13 @@ def _built(bridge, layout: dict[str, Any], wrapper: str, dtype: str):
     from megatron.core.transformer.module import Float16Module
 
     from bridge_core.runtime.provider import Provider
-    from bridge_core.testing.mcore_jobs import settings
+    from bridge_core.testing.mcore_jobs import on_this_device, seed_gpu, settings
     from bridge_core.testing.rank_worker import groups
 
     sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "cp", "dp") if name in layout}
     pg = groups(**sizes)
-    provider = Provider(bridge.fields, spec="host")
+    seed_gpu(pg)
+    provider = Provider(bridge.fields, spec=on_this_device("host"))
     # mcore's own attention refuses a configuration with context parallelism. Its groups are what parameters depend on.
     rest = {name: value for name, value in layout.items() if name != "cp"}
     provider.apply_overrides(settings(rest) | {"make_vocab_size_divisible_by": 16})
@@ -48,7 +49,7 @@ def _ddp_of_float16(provider, pg):
         DistributedDataParallel(
             chunk.config, config, Float16Module(chunk.config, chunk), disable_bucketing=number > 0, pg_collection=pg
         )
-        for number, chunk in enumerate(provider.provide(pg))
+        for number, chunk in enumerate(provider.provide_distributed_model(pg))
     ]
 
 

@@ -16,16 +16,38 @@ if TYPE_CHECKING:
 def build(
     fields: dict[str, Any], layout: dict[str, Any], *, spec: Spec | None = None, vocab_divisible_by: int = 1
 ) -> tuple[Provider, Any, list[Any]]:
-    """Provider, groups and model chunks of this rank; call inside `host_backend`. Collective."""
+    """Provider, groups and model chunks of this rank, on its GPU if it has one; call inside `host_backend`. Collective.
+
+    Args:
+        fields: Megatron fields of the model.
+        layout: parallel sizes, and options of the pipeline.
+        spec: what layers are made of. On a GPU production's modules take the place of the host backend's.
+        vocab_divisible_by: the vocabulary is padded to a multiple of this times `tp`.
+    """
     from bridge_core.runtime.provider import Provider
     from bridge_core.testing.rank_worker import groups
 
     logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecation notes that say nothing about the job
-    provider = Provider(fields, spec=spec)
+    provider = Provider(fields, spec=on_this_device(spec))
     provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": vocab_divisible_by})
     names = ("tp", "pp", "ep", "etp", "cp", "dp")
     pg = groups(**{name: layout[name] for name in names if name in layout})
-    return provider, pg, provider.provide(pg)
+    seed_gpu(pg)
+    return provider, pg, provider.provide_distributed_model(pg)
+
+
+def on_this_device(spec: Spec | None) -> Spec | None:
+    """A spec, but for the host backend's on a GPU: there it is the one that production would take."""
+    return None if spec == "host" else spec
+
+
+def seed_gpu(pg: Any) -> None:
+    """Give mcore the random states of a GPU, which it asks for when it fills weights and drops out; none on a CPU."""
+    import torch
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(1234, tp_rank=pg.tp.rank(), ep_rank=pg.ep.rank(), etp_rank=pg.expt_tp.rank())
 
 
 def settings(layout: dict[str, Any]) -> dict[str, Any]:
@@ -127,10 +149,8 @@ def load_and_run(
 
     from bridge_core.runtime.host import host_backend
 
-    with host_backend() as on_cpu, global_state_for_mtp(fields, layout):
+    with host_backend(), global_state_for_mtp(fields, layout):
         _, pg, chunks = build(fields, layout, spec=spec)
-        if not on_cpu:
-            chunks = [chunk.cuda() for chunk in chunks]
         load(chunks, pg, folder)
         params = {
             (number, name): value.detach().clone()
