@@ -2,32 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
-
-
-class FirstRanks:
-    """The first `size` ranks of some pools, as if they were all that there is.
-
-    A job runs in the first pool that has a rank for each of its own.
-    """
-
-    def __init__(self, size: int, *pools: Any) -> None:
-        self.size, self.pools = size, pools
-
-    def pool_of(self, job: Sequence[int]) -> Any:
-        """Where a job of these ranks runs."""
-        return next(pool for pool in self.pools if max(job) < pool.size)
-
-    def run(self, function, *args, ranks=None, **options):
-        """`RankPool.run`, on these ranks where none are named."""
-        job = range(self.size) if ranks is None else ranks
-        return self.pool_of(job).run(function, *args, ranks=job, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pools[-1], name)
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +19,8 @@ def eight_ranks():
 @pytest.fixture(scope="session")
 def rank_pool(eight_ranks):
     """Four of them, which is what most jobs need."""
+    from bridge_core.testing.ranks import FirstRanks
+
     return FirstRanks(4, eight_ranks)
 
 
@@ -55,7 +32,7 @@ def eight_device_ranks(eight_ranks):
     """
     import torch
 
-    from bridge_core.testing.ranks import RankPool
+    from bridge_core.testing.ranks import FirstRanks, RankPool
 
     if not (devices := min(8, torch.cuda.device_count())):
         yield FirstRanks(8, eight_ranks)
@@ -67,6 +44,8 @@ def eight_device_ranks(eight_ranks):
 @pytest.fixture(scope="session")
 def device_ranks(eight_device_ranks):
     """Four of them."""
+    from bridge_core.testing.ranks import FirstRanks
+
     return FirstRanks(4, *eight_device_ranks.pools)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bridge_core.errors import BridgeError, LayoutError
 from bridge_core.runtime.groups import group_ranks
-from bridge_core.testing.ranks import RankError, RankPool
+from bridge_core.testing.ranks import FirstRanks, RankError, RankPool
 from bridge_core.topology import ParallelLayout
 
 dist = pytest.importorskip("torch.distributed")
@@ -124,6 +124,23 @@ def compare_with_mcore(layouts):
     return pairs
 
 
+def device_facts():
+    import os
+
+    import torch
+
+    return os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.is_available()
+
+
+def sum_on_gpu():
+    import torch
+    import torch.distributed as dist
+
+    ones = torch.ones(2, device="cuda")
+    dist.all_reduce(ones)
+    return {"backend": dist.get_backend_config(), "tensors": [ones]}
+
+
 # Tests of the pool.
 
 
@@ -182,6 +199,39 @@ def test_nccl_without_a_gpu_per_rank_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BridgeError, match="a GPU for each rank"):
         RankPool(2, backend="nccl").run(place)
+
+
+class NamedPool:
+    """Stands in for a pool: its jobs answer with its name."""
+
+    def __init__(self, name, size):
+        self.name, self.size = name, size
+
+    def run(self, fn, *, ranks, **options):
+        return [f"{self.name} {rank}" for rank in ranks]
+
+
+def test_a_job_runs_where_each_of_its_ranks_has_a_process():
+    gpus, cpus = NamedPool("gpu", 2), NamedPool("cpu", 8)
+    first = FirstRanks(4, gpus, cpus)
+    assert first.run(place, ranks=[1, 0]) == ["gpu 1", "gpu 0"]
+    assert first.run(place) == ["cpu 0", "cpu 1", "cpu 2", "cpu 3"]
+    assert first.run(place, ranks=[2]) == ["cpu 2"]
+
+
+def test_ranks_on_gloo_see_no_gpu(rank_pool):
+    assert rank_pool.run(device_facts, ranks=[0]) == [("", False)]
+
+
+@pytest.mark.gpu
+def test_ranks_on_gpus_speak_nccl_and_answer_with_tensors_on_the_cpu(device_ranks):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    (answer,) = device_ranks.run(sum_on_gpu, ranks=[0])
+    assert answer["backend"] == "cpu:gloo,cuda:nccl"
+    assert answer["tensors"][0].device.type == "cpu"
+    assert answer["tensors"][0].tolist() == [1.0, 1.0]
 
 
 # Tests of process groups.

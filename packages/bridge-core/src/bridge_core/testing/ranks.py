@@ -190,7 +190,7 @@ class RankPool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="bridge-ranks-")
         atexit.register(self.close)  # multiprocessing would wait for the ranks, and they for a job
-        context = get_context("spawn" if self.backend == "nccl" else "forkserver")
+        context = get_context("spawn") if self.backend == "nccl" else get_context("forkserver")
         context.set_forkserver_preload(list(self.preload))
         environment = _CHILD_ENVIRONMENT | _DEVICE_ENVIRONMENT[self.backend]
         with _environment(_CHILD_ENVIRONMENT):
@@ -300,6 +300,29 @@ class RankPool:
         os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
         return self._stacks_file(rank).read_text() or "(no stack: still starting)"
+
+
+class FirstRanks:
+    """The first ranks of some pools, as if they were all that there is.
+
+    Args:
+        size: number of ranks, the largest job.
+        pools: a job runs in the first of them that has a process for each of its ranks. The last one has `size`.
+    """
+
+    def __init__(self, size: int, *pools: RankPool) -> None:
+        self.size, self.pools = size, pools
+
+    @property
+    def started(self) -> bool:
+        """Whether the processes of the last pool exist."""
+        return self.pools[-1].started
+
+    def run(self, fn: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None, **options: Any) -> list[Any]:
+        """`RankPool.run`, on all of these ranks where none are named."""
+        job = range(self.size) if ranks is None else ranks
+        pool = next((pool for pool in self.pools if max(job, default=0) < pool.size), self.pools[-1])
+        return pool.run(fn, *args, ranks=job, **options)
 
 
 def _by_time(replies: dict[int, Reply]) -> list[Reply]:
