@@ -3,7 +3,9 @@
 from bridge_core.plan.audit import Audit
 from bridge_core.plan.entries import Entry, compile_entries
 from bridge_core.plan.ignored import check_ignored
-from bridge_core.plan.plan import Plan, RankCost, Shard, TensorMeta
+from bridge_core.plan.plan import Plan, RankCost
 from bridge_core.plan.scopes import scoped
+from bridge_core.plan.shards import Shard
+from bridge_core.plan.stored import TensorMeta
 
 __all__ = ["Audit", "Entry", "Plan", "RankCost", "Shard", "TensorMeta", "check_ignored", "compile_entries", "scoped"]

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.geometry import Piece
 from bridge_core.plan.entries import Entry
+from bridge_core.plan.shards import Shard
 from bridge_core.topology import RankCoords
 
 if TYPE_CHECKING:
-    from bridge_core.plan.plan import Plan, Shard
+    from bridge_core.plan.plan import Plan
 
 
 def to_dict(plan: Plan, rank: int | None = None) -> dict[str, Any]:

@@ -24,29 +24,16 @@ from bridge_core.plan.entries import Entry, compile_entries
 from bridge_core.plan.manifest import to_dict
 from bridge_core.plan.placement import (
     DECODER_LAYERS,
+    EMBEDDING,
     check_layout,
     holds,
     layout_of_model,
     part_of,
     place,
 )
-from bridge_core.plan.shards import LocalForm, Shard, copy_of, is_second_copy, local_padding, shards_of
-from bridge_core.plan.stored import as_stored, quantised_names
+from bridge_core.plan.shards import LocalForm, Shard, local_padding, shards_of
+from bridge_core.plan.stored import TensorMeta, as_stored, quantised_names
 from bridge_core.topology import ParallelLayout, PipelineStage, RankCoords, expert_range
-
-
-class TensorMeta(NamedTuple):
-    """What a receiver of HF weights must know of one of them before it arrives.
-
-    Tensors of one `group` are made from the same Megatron tensors, or are a quantised weight and its scales, and
-    have to travel together.
-    """
-
-    name: str
-    dtype: str
-    shape: Shape
-    nbytes: int
-    group: str
 
 
 class RankCost(NamedTuple):
@@ -266,11 +253,22 @@ class Plan:
 
     def copy_of(self, rank: int, shard: Shard) -> tuple[int, int]:
         """The number of a rank's copy of a shard among those on its pipeline stage, and how many there are."""
-        return copy_of(self, rank, shard)
+        coords = self.layout.coords(rank)
+        entry = self.entry(shard.entry)
+        if entry.is_expert:
+            number, copies, axis, size = coords.expert_dp, self.layout.expert_dp, coords.etp, self.layout.etp
+        else:
+            number, copies = coords.cp + self.layout.cp * coords.dp, self.layout.cp * self.layout.dp
+            axis, size = coords.tp, self.layout.tp
+        if entry.split is None:  # every tensor-parallel rank holds all of it
+            number, copies = number * size + axis, copies * size
+        return number, copies
 
     def is_second_copy(self, rank: int, shard: Shard) -> bool:
         """Whether it is a later stage's copy of the embedding: for a tied output layer, or for MTP."""
-        return is_second_copy(self, rank, shard)
+        if shard.name != EMBEDDING:
+            return False
+        return not self.placement.stage(self.layout.coords(rank).pp, shard.chunk).pre_process
 
     @property
     def _tied(self) -> bool:

@@ -1,18 +1,15 @@
-"""What one rank holds of a plan: its parameters, the pieces that fill them, and who else has the same."""
+"""What one rank holds of a plan: its parameters, and the pieces that fill them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from bridge_core.geometry import Box, Piece, Shape
 from bridge_core.patterns import at_layer
 from bridge_core.plan.entries import Entry
 from bridge_core.plan.placement import DECODER_LAYERS, EMBEDDING, OUTPUT
 from bridge_core.topology import PipelineStage
-
-if TYPE_CHECKING:
-    from bridge_core.plan.plan import Plan
 
 
 class Shard(NamedTuple):
@@ -72,24 +69,3 @@ def local_padding(entry: Entry, blocks: tuple[tuple[Box, Shape], ...]) -> tuple[
         if rows > 0:
             found.append(Box((begin - box.start[0] + at[0], *at[1:]), (rows, *box.shape[1:])))
     return tuple(found)
-
-
-def copy_of(plan: Plan, rank: int, shard: Shard) -> tuple[int, int]:
-    """`Plan.copy_of`."""
-    layout, coords = plan.layout, plan.layout.coords(rank)
-    entry = plan.entry(shard.entry)
-    if entry.is_expert:
-        number, copies, axis, size = coords.expert_dp, layout.expert_dp, coords.etp, layout.etp
-    else:
-        number, copies = coords.cp + layout.cp * coords.dp, layout.cp * layout.dp
-        axis, size = coords.tp, layout.tp
-    if entry.split is None:  # every tensor-parallel rank holds all of it
-        number, copies = number * size + axis, copies * size
-    return number, copies
-
-
-def is_second_copy(plan: Plan, rank: int, shard: Shard) -> bool:
-    """`Plan.is_second_copy`."""
-    if shard.name != EMBEDDING:
-        return False
-    return not plan.placement.stage(plan.layout.coords(rank).pp, shard.chunk).pre_process

@@ -1,18 +1,30 @@
-"""What of a plan's HF side a codec stores otherwise: which weights, and with which scales."""
+"""The HF side of a plan as it is stored: what is known of every tensor, and what a codec makes of quantised weights."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from math import prod
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
+from bridge_core.geometry import Shape
 from bridge_core.plan.entries import Entry
 
-if TYPE_CHECKING:
-    from bridge_core.plan.plan import TensorMeta
+
+class TensorMeta(NamedTuple):
+    """What a receiver of HF weights must know of one of them before it arrives.
+
+    Tensors of one `group` are made from the same Megatron tensors, or are a quantised weight and its scales, and
+    have to travel together.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    nbytes: int
+    group: str
 
 
 def quantised_names(entries: Iterable[Entry], patterns: Sequence[str]) -> frozenset[str]:
