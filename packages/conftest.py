@@ -1,10 +1,15 @@
-"""What the tests of all packages share: one pool of ranks for the whole session."""
+"""What the tests of all packages share: one pool of ranks for the whole session, and no test that is timed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The first example of a property may pay for importing torch; a deadline would blame the property.
+settings.register_profile("bridge", deadline=None)
+settings.load_profile("bridge")
 
 
 class FirstRanks:
