@@ -52,6 +52,16 @@ def test_each_file_is_written_by_one_rank_and_is_the_same(rank_pool, folders, tm
     check_exchanges(results, total, bucket)
 
 
+def test_an_owner_may_have_neither_embedding_nor_output_layer(rank_pool, tmp_path):
+    """It knows how the vocabulary is cut and padded nevertheless: here rank 4 of 8, on the third of four stages."""
+    folder = save_model(make_model("qwen3"), tmp_path / "hf")
+    layout = {"tp": 2, "pp": 4}
+    results = rank_pool.run(save_both_ways, str(folder), layout, str(tmp_path), 40_000, ranks=range(8))
+    assert [bool(result["owned"][1]) for result in results] == [rank == 4 for rank in range(8)]
+    name = "model.safetensors"
+    assert (tmp_path / "owned" / name).read_bytes() == (folder / name).read_bytes()
+
+
 def check_opened(results, weights) -> None:
     """One rank per file, by the interpreter's account and by the reports; many by default."""
     for way, count in (("owned", 1), ("shared", 2)):
