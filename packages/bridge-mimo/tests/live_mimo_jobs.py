@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from watching import context_parallel_without_te, frozen_parallel_state, reads
@@ -128,6 +129,27 @@ def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, **options: 
         report = bridge.load_megatron_model(model, run)
         bridge.save_hf_pretrained(model, out)
         return report, sorted(asked)
+
+
+def relay_checkpoint(run: str, out: str):
+    """Build the model that a checkpoint says, in the layouts that it was made for; load, save; what was built."""
+    from bridge_core.checkpoint.megatron_folder import find_iteration, open_megatron
+    from bridge_core.runtime.host import host_backend
+    from bridge_mimo import MegatronMIMOBridge
+    from bridge_mimo.checkpoint.stored import mimo_variant, stored_components
+
+    stored = stored_components(find_iteration(Path(run)))
+    bridge = MegatronMIMOBridge.from_hf_config(
+        open_megatron(run, variant=mimo_variant()).hf_config,
+        parallelism=stored.layouts,
+        colocated=stored.colocated,
+    ).with_hf_towers(*stored.hf_towers)
+    with host_backend():
+        model = build(bridge)
+        bridge.load_megatron_model(model, run)
+        assert not any(parameter.isnan().any() for parameter in model.parameters())
+        bridge.save_megatron_model(model, out)
+    return ", ".join(f"{name}: {layout}" for name, layout in model.mimo_groups.layouts.items())
 
 
 def from_fp8(path: str, layouts: Layouts, out: str, *, fp8: bool):
