@@ -1,8 +1,13 @@
-"""What the tests of all packages share: one pool of ranks for the whole session, and one more where GPUs are."""
+"""What the tests of all packages share: one pool of ranks for the session, one more where GPUs are; none is timed."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# The first example of a property may pay for importing torch; a deadline would blame the property.
+settings.register_profile("bridge", deadline=None)
+settings.load_profile("bridge")
 
 
 @pytest.fixture(scope="session")

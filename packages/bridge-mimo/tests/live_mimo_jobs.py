@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
+
+from watching import context_parallel_without_te, frozen_parallel_state, reads
 
 Layouts = dict[str, dict[str, Any]]
 
@@ -23,11 +27,16 @@ def bridge_of(path: str, layouts: Layouts, *, colocated: bool = False, ignore=()
     return bridge.with_hf_towers(*hf_towers)
 
 
-def build(bridge):
+def build(bridge, *, dtype=None):
     """A model full of NaN. Call inside `host_backend`; collective."""
     provider = bridge.to_megatron_mimo_provider(spec="host")
     provider.language.make_vocab_size_divisible_by = 16
-    model = provider.provide()
+    if dtype is not None:
+        provider.language.apply_overrides({"bf16": True, "params_dtype": dtype})
+        provider.towers["images"] |= {"bf16": True, "params_dtype": dtype}
+    cut = any(layout.cp > 1 for layout in bridge.layouts.values())
+    with context_parallel_without_te() if cut else nullcontext():
+        model = provider.provide()
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
@@ -42,10 +51,11 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
     from bridge_core.runtime.host import host_backend
 
     bridge = bridge_of(path, layouts, colocated=colocated)
-    with host_backend(), poisoned_parallel_state(UNUSED) as reads:
+    with host_backend(), poisoned_parallel_state(UNUSED) as asked, frozen_parallel_state():
         model = build(bridge)
-        reads.clear()
-        loaded = bridge.load_hf_weights(model)
+        asked.clear()
+        with reads() as read:
+            loaded = bridge.load_hf_weights(model)
         assert not any(parameter.isnan().any() for parameter in model.parameters())
         saved = bridge.save_hf_pretrained(model, out)
         stream = bridge.stream(model, bucket_bytes=bucket_bytes)
@@ -68,7 +78,8 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
         "again": again,
         "metadata": stream.metadata(),
         "collectives": stream.collectives,
-        "reads": sorted(reads),
+        "asked": sorted(asked),
+        "read": sorted(read),
         "read_alone": again_loaded.bytes_read,
     }
 
@@ -97,12 +108,12 @@ def save_checkpoint(path: str, layouts: Layouts, run: str, **options: Any):
     from bridge_core.runtime.host import host_backend
 
     bridge = bridge_of(path, layouts, **options)
-    with host_backend(), poisoned_parallel_state(UNUSED) as reads:
+    with host_backend(), poisoned_parallel_state(UNUSED) as asked, frozen_parallel_state():
         model = build(bridge)
-        reads.clear()
+        asked.clear()
         bridge.load_hf_weights(model)
         report = bridge.save_megatron_model(model, run, iteration=7)
-        return report, sorted(reads)
+        return report, sorted(asked)
 
 
 def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, **options: Any):
@@ -112,61 +123,51 @@ def load_checkpoint(path: str, layouts: Layouts, run: str, out: str, **options: 
     from bridge_core.runtime.host import host_backend
 
     bridge = bridge_of(path, layouts, **options)
-    with host_backend(), poisoned_parallel_state(UNUSED) as reads:
+    with host_backend(), poisoned_parallel_state(UNUSED) as asked, frozen_parallel_state():
         model = build(bridge)
-        reads.clear()
+        asked.clear()
         report = bridge.load_megatron_model(model, run)
         bridge.save_hf_pretrained(model, out)
-        return report, sorted(reads)
+        return report, sorted(asked)
 
 
-def fail_on_one_rank(path: str, layouts: Layouts, out: str, failing: int):
-    """One rank cannot read, write or stream; what every rank is told in each step, and whether it goes on."""
-    import torch.distributed as dist
-
-    from bridge_core import BridgeError
-    from bridge_core.runtime import load
+def relay_checkpoint(run: str, out: str):
+    """Build the model that a checkpoint says, in the layouts that it was made for; load, save; what was built."""
+    from bridge_core.checkpoint.megatron_folder import find_iteration, open_megatron
     from bridge_core.runtime.host import host_backend
-    from bridge_core.runtime.shared_files import SharedFiles
+    from bridge_mimo import MegatronMIMOBridge
+    from bridge_mimo.checkpoint.stored import mimo_variant, stored_components
 
-    def broken(*args, **kwargs):
-        raise MemoryError(f"no memory left on rank {failing}")
-
-    def stream_to_the_fourth(bridge, model):
-        for number, (_, tensor) in enumerate(bridge.export_hf_weights(model, bucket_bytes=20_000)):
-            assert tensor.numel()
-            if dist.get_rank() == failing and number == 3:
-                broken()
-
-    bridge = bridge_of(path, layouts)
-    told = {}
+    stored = stored_components(find_iteration(Path(run)))
+    bridge = MegatronMIMOBridge.from_hf_config(
+        open_megatron(run, variant=mimo_variant()).hf_config,
+        parallelism=stored.layouts,
+        colocated=stored.colocated,
+    ).with_hf_towers(*stored.hf_towers)
     with host_backend():
         model = build(bridge)
-        bridge.load_hf_weights(model)
-        steps = {
-            "load": lambda: bridge.load_hf_weights(model),
-            "save": lambda: bridge.save_hf_pretrained(model, f"{out}/hf"),
-            "stream": lambda: stream_to_the_fourth(bridge, model),
-            "checkpoint": lambda: bridge.save_megatron_model(model, f"{out}/run"),
-        }
-        originals = load.gather, SharedFiles._write
-        for name, step in steps.items():
-            if dist.get_rank() == failing:
-                load.gather = SharedFiles._write = broken
-                if name == "checkpoint":
-                    module = next(iter(model.modality_submodules.values()), model.language_model)
-                    module.sharded_state_dict = broken
-            try:
-                step()
-                told[name] = "no error"
-            except (BridgeError, MemoryError) as error:
-                told[name] = str(error)
-            finally:
-                load.gather, SharedFiles._write = originals
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        bridge.load_hf_weights(model)  # the groups are whole
-        assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
-    return told
+        bridge.load_megatron_model(model, run)
+        assert not any(parameter.isnan().any() for parameter in model.parameters())
+        bridge.save_megatron_model(model, out)
+    return ", ".join(f"{name}: {layout}" for name, layout in model.mimo_groups.layouts.items())
+
+
+def from_fp8(path: str, layouts: Layouts, out: str, *, fp8: bool):
+    """An fp8 folder into a live model in bf16; out of it as a folder, a checkpoint, and a stream."""
+    import torch
+    from fp8_folders import as_read
+
+    from bridge_core.runtime.host import host_backend
+
+    bridge = bridge_of(path, layouts)
+    with host_backend():
+        model = build(bridge, dtype=torch.bfloat16)
+        report = bridge.load_hf_weights(model)
+        bridge.save_hf_pretrained(model, f"{out}/hf", fp8=fp8)
+        bridge.save_megatron_model(model, f"{out}/run")
+        stream = {name: tensor.clone() for name, tensor in bridge.export_hf_weights(model, fp8=fp8)}
+    codes = sum(tensor.dtype == torch.float8_e4m3fn for tensor in stream.values())
+    return report, codes, as_read(stream)  # mcore's patch of pickle, for answers to the pool, knows no fp8
 
 
 def settings_stay(path: str):
@@ -186,53 +187,3 @@ def settings_stay(path: str):
         (plain,) = provider.language.provide(groups(dp=dist.get_world_size()))
     beside = model.language_model is not None and any("mtp" in name for name, _ in model.named_parameters())
     return same, beside, any(name.startswith("mtp.") for name, _ in plain.named_parameters())
-
-
-def refuse(path: str, kind: str) -> str:
-    """Ask for what cannot be; the error's text."""
-    import torch
-    import torch.distributed as dist
-
-    from bridge_core import BridgeError
-    from bridge_core.runtime.host import host_backend
-    from bridge_mimo import ComponentLayout, MegatronMIMOBridge
-
-    one = {"language": {}, "images": {}}
-    try:
-        with host_backend():
-            if kind == "ranks":
-                layouts = {name: ComponentLayout() for name in one}
-                bridge = MegatronMIMOBridge.from_hf_pretrained(path, parallelism=layouts, world_size=None)
-                bridge = bridge.with_parallelism({"language": ComponentLayout(tp=4), "images": ComponentLayout()})
-                build(bridge)
-            elif kind == "vpp":
-                build(bridge_of(path, {"language": {"pp": 2, "vpp": 2, "dp": 1}, "images": {"dp": 1}}))
-            elif kind == "heads":
-                build(bridge_of(path, {"language": {"dp": 1}, "images": {"tp": 3, "dp": 1}}))
-            elif kind == "layers":
-                build(bridge_of(path, {"language": {"dp": 1}, "images": {"pp": 3, "dp": 1}}))
-            elif kind == "groups":
-                bridge = bridge_of(path, one)
-                model = build(bridge)
-                del model.mimo_groups
-                bridge.load_hf_weights(model)
-            elif kind == "component":
-                bridge = bridge_of(path, one)
-                model = build(bridge)
-                if dist.get_rank() == 1:
-                    del model.modality_submodules["images"]
-                bridge.load_hf_weights(model)
-            elif kind == "parameter":
-                bridge = bridge_of(path, one)
-                model = build(bridge)
-                if model.language_model is not None:
-                    model.language_model.extra = torch.nn.Parameter(torch.ones(1))
-                bridge.load_hf_weights(model)
-            elif kind == "carried":
-                bridge = bridge_of(path, one)
-                model = build(bridge)
-                bridge.load_hf_weights(model)
-                bridge.save_hf_pretrained(model, f"{path}-out", source=None)
-    except BridgeError as error:
-        return str(error)
-    return "no error"

@@ -117,6 +117,24 @@ def test_shares_that_do_not_divide_say_the_numbers():
     assert "9 ranks - 4 of components with dp = 5" in str(error.got)
 
 
+def test_shares_that_do_not_divide_are_drawn():
+    error = refusal({"language": C(tp=4, pp=2), "images": C(tp=2)}, 12)
+    drawn = "6 of 12 ranks ranks 0 to 11 language ######...... 0-5: tp=4 pp=2 images ......###### 6-11: tp=2"
+    assert str(error.got).split() == drawn.split()
+    error = refusal({"language": C(tp=4), "images": C(tp=3)}, 8, colocated=True)
+    drawn = "8 of 8 ranks ranks 0 to 7 language ######## 0-7: tp=4 images ######## 0-7: tp=3"
+    assert str(error.got).split() == drawn.split()
+    error = refusal({"language": C(), "images": C(), "audio": C(tp=4, dp=1)}, 9)
+    drawn = "9 ranks - 4 of components with dp = 5 ranks 0 to 8 audio ####..... 0-3: tp=4 dp=1 ?????"
+    assert str(error.got).split() == drawn.split()
+
+
+def test_experts_that_do_not_divide_name_their_component():
+    error = refusal({"images": C(), "language": C(ep=4)}, 12)
+    assert "expert grid does not divide the 6 ranks" in error.what
+    assert str(error.where).startswith("component language")
+
+
 def test_language_is_needed():
     assert "language" in refusal({"images": C()}).what
 
@@ -146,3 +164,9 @@ def test_a_large_world_is_drawn_in_a_line():
     assert lines[1].split()[1] == "#" * 50 + "." * 14
     assert lines[2].split()[1] == "." * 50 + "#" * 14
     assert len(lines) == 3
+
+
+def test_ranks_that_are_meant_to_be_shared_are_not_marked():
+    layouts = auto_fill_layout({"language": C(tp=2), "images": C()}, 2, colocated=True)
+    assert "!" not in draw_ranks(layouts, 2, colocated=True)
+    assert draw_ranks(layouts, 2).splitlines()[-1].strip() == "!!"

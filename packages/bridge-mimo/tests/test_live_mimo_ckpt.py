@@ -22,6 +22,10 @@ CASES = {
         (4, {"language": {"ep": 2, "dp": 2}, "images": {"tp": 2}}),
         (4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2, "num_layers_in_first_pipeline_stage": 2}}),
     ),
+    "qwen3_vl cp": (
+        (4, {"language": {"cp": 2, "dp": 1}, "images": {"dp": 2}}),
+        (2, {"language": {"tp": 2}, "images": {}}),
+    ),
     "qwen3_vl hf-tower": (
         (3, {"language": {"dp": 1}, "images": {"tp": 2, "dp": 1}}),
         (2, {"language": {"tp": 2}, "images": {}}),

@@ -8,7 +8,13 @@ torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the models are transformers'")
 
-from live_mimo_jobs import fail_on_one_rank, refuse, settings_stay  # noqa: E402
+from failure_jobs import (  # noqa: E402
+    fail_on_one_rank,
+    refuse_a_spoiled_model,
+    refuse_other_ranks,
+    refuse_to_build,
+)
+from live_mimo_jobs import settings_stay  # noqa: E402
 
 from bridge_core.testing.hf_layouts import save_published  # noqa: E402
 from bridge_core.testing.hf_models import make_model  # noqa: E402
@@ -31,11 +37,43 @@ def test_one_rank_ends_all(rank_pool, folder, tmp_path, failing):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and ".partial" not in str(path)]
 
 
-REFUSED = {
-    "ranks": ("expected: 5 ranks", "got:      2 ranks"),
-    "vpp": ("no virtual pipeline stages", "language: vpp=2"),
-    "heads": ("attention heads do not divide", "4 heads"),
-    "layers": ("pp=3", "2"),
+UNBUILDABLE = {
+    "vpp": (
+        {"language": {"pp": 2, "vpp": 2, "dp": 1}, "images": {"dp": 1}},
+        ("no virtual pipeline stages", "language: vpp=2", "plans and offline conversions take it"),
+    ),
+    "heads": ({"language": {"dp": 1}, "images": {"tp": 3, "dp": 1}}, ("attention heads do not divide", "4 heads")),
+    "layers": ({"language": {"dp": 1}, "images": {"pp": 3, "dp": 1}}, ("pp=3", "2")),
+    "images cp": (
+        {"language": {"dp": 1}, "images": {"cp": 2, "dp": 1}},
+        ("cut by heads and layers only", "'context_parallel_size': 2"),
+    ),
+    "colocated cp": ({"language": {"cp": 2, "dp": 1}, "images": {}}, ("colocated components", "cp=1")),
+}
+
+
+@pytest.mark.parametrize("kind", UNBUILDABLE)
+def test_layouts_that_a_model_cannot_be_in(rank_pool, folder, kind):
+    layouts, words = UNBUILDABLE[kind]
+    ranks = {"vpp": 3, "heads": 4, "layers": 4, "images cp": 3}.get(kind, 2)
+    together = kind.startswith("colocated")
+    for text in rank_pool.run(refuse_to_build, str(folder), layouts, colocated=together, ranks=range(ranks)):
+        assert all(part in text for part in words), text
+
+
+@pytest.mark.parametrize(
+    ("built", "words"),
+    [
+        (False, ("expected: 5 ranks", "got:      2 ranks", "start 5 processes")),
+        (True, ("other layouts than the provider's", "make_groups()")),
+    ],
+)
+def test_ranks_that_are_not_those_of_the_layouts(rank_pool, folder, built, words):
+    for text in rank_pool.run(refuse_other_ranks, str(folder), built=built, ranks=range(2)):
+        assert all(part in text for part in words), text
+
+
+SPOILED = {
     "groups": ("does not know the process groups", "make_groups(layouts)"),
     "component": ("does not have a component that its groups say", "component images"),
     "parameter": ("the plan lacks 1", "language_model.extra"),
@@ -43,11 +81,24 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_is_refused_on_all_ranks(rank_pool, folder, kind):
-    ranks = {"vpp": 3, "heads": 4, "layers": 4}.get(kind, 2)
-    for text in rank_pool.run(refuse, str(folder), kind, ranks=range(ranks)):
-        assert all(words in text for words in REFUSED[kind]), text
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("groups", "load"),
+        ("groups", "save"),
+        ("groups", "stream"),
+        ("groups", "save checkpoint"),
+        ("groups", "load checkpoint"),
+        ("component", "load"),
+        ("parameter", "load"),
+        ("carried", "save"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_told_on_all(rank_pool, folder, tmp_path, kind, step):
+    out = str(tmp_path / "out")
+    for text in rank_pool.run(refuse_a_spoiled_model, str(folder), kind, step, out, ranks=range(2), timeout_s=60):
+        assert all(words in text for words in SPOILED[kind]), text
+    assert step == "load checkpoint" or not list(tmp_path.iterdir())
 
 
 def test_building_leaves_the_provider_as_it_is(rank_pool, folder):

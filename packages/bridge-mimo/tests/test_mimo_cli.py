@@ -64,6 +64,9 @@ def test_plan_is_drawn(config, tmp_path, capsys, suffix, magic):
         (["--component", "images=tp=4"], 1, "other components"),
         (["--component", "language=tp=4", "--component", "pictures=tp=4"], 1, "leave out pictures; give images"),
         ([*BOTH, "--world-size", "12"], 1, "6 of 12 ranks"),
+        (["--component", "language=tp=2,vpp=2", "--component", "images"], 1, "component language, ParallelLayout(tp=2"),
+        ([*BOTH, "--hf-tower", "pictures"], 1, "no such tower"),
+        ([*BOTH, "--hf-tower", "language"], 1, "no such tower"),
         (["--component", "language=tp=5", "--component", "images=tp=4"], 1, "component language"),
     ],
 )
@@ -87,13 +90,47 @@ def test_import_verify_export(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["family"] == "qwen3_5"
     assert main(["verify", hf, megatron]) == 0
-    assert main(["export", megatron, back, "--source", hf]) == 0
+    # An export is the same for all layouts; those that are given have to fit.
+    export = ["export", megatron, back, "--source", hf]
+    assert main([*export, "--component", "language=tp=3", "--component", "images"]) == 1
+    assert "component language" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+    assert main([*export, "--component", "images=tp=4", "--component", "language"]) == 0
     capsys.readouterr()
     assert main(["verify", hf, back, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tensors"] == report["tensors"]
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (
         tmp_path / "back" / "model.safetensors"
     ).read_bytes()
+
+
+def test_hf_towers_are_asked_for(tmp_path, capsys):
+    """A tower that is used as it is: whole on every rank, under its HF names, in plans and in checkpoints."""
+    pytest.importorskip("transformers", reason="tiny models are transformers'")
+    from bridge_core.checkpoint.dcp import read_dcp
+    from bridge_core.testing.hf_layouts import save_published
+    from bridge_core.testing.hf_models import make_model
+
+    hf = str(save_published(make_model("qwen3_vl"), tmp_path / "hf"))
+    assert main(["plan", hf, "--component", "language", "images=tp=2", "--hf-tower", "images", "--rank", "2"]) == 0
+    assert "modality_submodules.images.encoders.qwen_visual.hf.blocks.2.attn.qkv.weight" in capsys.readouterr().out
+    assert main(["import", hf, str(tmp_path / "m"), "--hf-tower", "images"]) == 0
+    keys = read_dcp(tmp_path / "m" / "iter_0000000").tensors
+    assert "modality_submodules.images.encoders.qwen_visual.hf.blocks.2.attn.qkv.weight" in keys
+    assert main(["verify", hf, str(tmp_path / "m")]) == 0
+    assert main(["export", str(tmp_path / "m"), str(tmp_path / "back")]) == 0
+    assert main(["verify", hf, str(tmp_path / "back")]) == 0
+
+
+def test_every_stage_of_a_large_world_says_its_bytes(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra draw")
+    path, picture = tmp_path / "config.json", tmp_path / "plan.svg"
+    path.write_text(json.dumps(PUBLISHED["qwen3.5-397b-a17b"]), encoding="utf-8")
+    given = ["--component", "images=tp=4,pp=3", "--component", "language=tp=2,pp=4,ep=32,etp=1"]
+    assert main(["plan", str(path), *given, "--draw", str(picture)]) == 0
+    drawn = picture.read_text(encoding="utf-8")
+    for text, count in (("9.0 GB", 2), ("8.0 GB", 2), ("77.5 MB", 1), ("pp 0", 2), ("pp 3", 1)):
+        assert drawn.count(f"<!-- {text}") + drawn.count(f"{text} -->") >= count, text
 
 
 def test_planning_imports_nothing_heavy(config):

@@ -1,8 +1,9 @@
-"""A plan as a picture: ranks from left to right, a row per component, bytes in every tensor-parallel group."""
+"""A plan as a picture: ranks from left to right, a row per component, and what each rank of it holds in bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ from bridge_core.errors import ConfigError, OutputError
 from bridge_core.extras import require
 
 if TYPE_CHECKING:
-    from bridge_core.plan import RankCost
-    from bridge_mimo.plan import MimoPlan
+    from bridge_mimo.plan import ComponentPlan, MimoPlan
 
 FORMATS = (".svg", ".png", ".pdf")
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 _MOST = 512
+_ROOM = 0.6  # inches that a text needs
 
 
 def draw_plan(plan: MimoPlan, path: str | Path) -> Path:
@@ -45,8 +46,13 @@ def draw_plan(plan: MimoPlan, path: str | Path) -> Path:
     figure = figures.Figure(figsize=(width, 1.2 + 0.9 * len(plan.components)))
     axes = figure.add_subplot()
     for row, (name, part) in enumerate(plan.components.items()):
-        for cell in _cells(plan, name):
-            _cell(axes, row, cell, _COLOURS[row % len(_COLOURS)], width / world)
+        colour = _COLOURS[row % len(_COLOURS)]
+        _boxes(axes, row, part, colour)
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+        for ranks, text in _texts(plan, name):
+            if len(ranks) * width / world >= _ROOM:
+                middle = (ranks.start + ranks.stop) / 2
+                axes.text(middle, row, text, ha="center", va="center", fontsize=8, color="white", bbox=box)
         axes.text(-0.2, row, f"{name}\n{part.layout}", ha="right", va="center", fontsize=8)
     axes.set_xlim(0, world)
     axes.set_ylim(len(plan.components) - 0.5, -0.5)
@@ -63,22 +69,24 @@ def draw_plan(plan: MimoPlan, path: str | Path) -> Path:
     return path
 
 
-def _cells(plan: MimoPlan, name: str) -> Iterator[tuple[int, int, RankCost]]:
-    """First rank and number of ranks of every tensor-parallel group, and what each of them holds."""
+def _boxes(axes: Any, row: int, part: ComponentPlan, colour: str) -> None:
+    """A box for every tensor-parallel group, with marks between its ranks."""
+    ranks, tp = part.layout.ranks, part.layout.tp
+    for first in ranks[::tp]:
+        axes.barh(row, tp, left=first, height=0.8, align="center", color=colour, edgecolor="white", linewidth=1.5)
+        for rank in range(first + 1, first + tp):
+            for top in (row - 0.4, row + 0.25):
+                axes.plot([rank, rank], [top, top + 0.15], color="white", linewidth=0.8)
+
+
+def _texts(plan: MimoPlan, name: str) -> Iterator[tuple[range, str]]:
+    """Ranks of a component that follow one another on the same stage and hold the same amount, and what it is."""
     layout = plan.components[name].layout
-    for rank in range(layout.ranks.start, layout.ranks.stop, layout.tp):
-        yield rank, layout.tp, plan.component_costs(rank)[name]
 
+    def said(rank: int) -> str:
+        cost = plan.component_costs(rank)[name]
+        return (f"pp {cost.coords.pp}\n" if layout.pp > 1 else "") + in_bytes(cost.nbytes)
 
-def _cell(axes: Any, row: int, cell: tuple[int, int, RankCost], colour: str, inches: float) -> None:
-    """One tensor-parallel group: a box with a mark between its ranks, and a text where there is room for it."""
-    first, count, cost = cell
-    axes.barh(row, count, left=first, height=0.8, align="center", color=colour, edgecolor="white", linewidth=1.5)
-    for rank in range(first + 1, first + count):
-        for top in (row - 0.4, row + 0.25):
-            axes.plot([rank, rank], [top, top + 0.15], color="white", linewidth=0.8)
-    if count * inches < 0.6:
-        return
-    stage = f"pp {cost.coords.pp}\n" if cost.coords.pp else ""
-    text = f"{stage}{in_bytes(cost.nbytes)}"
-    axes.text(first + count / 2, row, text, ha="center", va="center", fontsize=8, color="white")
+    for text, alike in groupby(layout.ranks, key=said):
+        ranks = list(alike)
+        yield range(ranks[0], ranks[-1] + 1), text

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from bridge_core.errors import LayoutError
+from bridge_core.errors import BridgeError, LayoutError
 from bridge_core.topology import ParallelLayout
 
 LANGUAGE = "language"
@@ -128,13 +128,15 @@ def check_layouts(layouts: Layouts, world_size: int | None = None, *, colocated:
     needed = max(layout.ranks.stop for layout in layouts.values())
     world = needed if world_size is None else world_size
     if needed > world:
-        raise _wrong("a component has ranks outside of the world", layouts, world, f"ranks 0 to {world - 1}")
+        what = "a component has ranks outside of the world"
+        raise _wrong(what, layouts, world, f"ranks 0 to {world - 1}", colocated=colocated)
     if colocated:
         if any(layout.ranks != range(world) for layout in layouts.values()):
-            raise _wrong("colocated components do not have the same ranks", layouts, world, f"all {world} ranks each")
+            what = "colocated components do not have the same ranks"
+            raise _wrong(what, layouts, world, f"all {world} ranks each", colocated=True)
         _check_no_pipeline(layouts)
         return world
-    parts = _parts(layouts, world)
+    parts = _parts({name: layout.ranks for name, layout in layouts.items()}, world)
     if any(len(names) > 1 for _, names in parts):
         fix = "choose other offsets, leave them out, or ask for colocated components"
         raise _wrong("components overlap", layouts, world, "ranks of its own for each component", fix)
@@ -144,21 +146,29 @@ def check_layouts(layouts: Layouts, world_size: int | None = None, *, colocated:
     return world
 
 
-def draw_ranks(layouts: Layouts, world_size: int) -> str:
+def draw_ranks(layouts: Layouts, world_size: int, *, colocated: bool = False) -> str:
     """Who has which rank: a line per component, a column per rank (or per group of ranks in a large world).
 
-    A rank that two components have is marked `!`, one that nobody has `?`, one outside of the world `+`.
+    A rank that two components have is marked `!` unless they are colocated, one that nobody has `?`, one outside of
+    the world `+`.
     """
-    parts = _parts(layouts, world_size)
+    held = {name: (layout.ranks, str(layout)) for name, layout in layouts.items()}
+    return _draw(held, world_size, shared=colocated)
+
+
+def _draw(held: Mapping[str, tuple[range, str]], world: int, *, shared: bool = False) -> str:
+    """Ranks by component, each with what is to be said of them."""
+    spans = {name: ranks for name, (ranks, _) in held.items()}
+    parts = _parts(spans, world)
     last = parts[-1][0].stop
     step = -(-last // _COLUMNS)
     columns = [range(first, min(first + step, last)) for first in range(0, last, step)]
-    width = max(map(len, (*layouts, "ranks")))
-    rows = [f"{'ranks':<{width}}  0 to {world_size - 1}" + (f", {step} per column" if step > 1 else "")]
-    for name, layout in layouts.items():
-        marks = "".join("#" if _meet(layout.ranks, column) else "." for column in columns)
-        rows.append(f"{name:<{width}}  {marks}  {_span(layout.ranks)}: {layout}")
-    wrong = "".join(_mark(column, parts, world_size) for column in columns)
+    width = max(map(len, (*held, "ranks")))
+    rows = [f"{'ranks':<{width}}  0 to {world - 1}" + (f", {step} per column" if step > 1 else "")]
+    for name, (ranks, said) in held.items():
+        marks = "".join("#" if _meet(ranks, column) else "." for column in columns)
+        rows.append(f"{name:<{width}}  {marks}  {_span(ranks)}: {said}")
+    wrong = "".join(_mark(column, parts, world, shared=shared) for column in columns)
     if wrong.strip():
         rows.append(f"{'':<{width}}  {wrong}".rstrip())
     return "\n".join(rows)
@@ -167,11 +177,11 @@ def draw_ranks(layouts: Layouts, world_size: int) -> str:
 _COLUMNS = 64
 
 
-def _mark(column: range, parts: list[tuple[range, list[str]]], world: int) -> str:
+def _mark(column: range, parts: list[tuple[range, list[str]]], world: int, *, shared: bool) -> str:
     if column.stop > world:
         return "+"
     held = [names for ranks, names in parts if _meet(ranks, column)]
-    if any(len(names) > 1 for names in held):
+    if any(len(names) > 1 for names in held) and not shared:
         return "!"
     return " " if all(held) else "?"
 
@@ -184,17 +194,28 @@ def _span(ranks: range) -> str:
     return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else str(ranks.start)
 
 
-def _parts(layouts: Layouts, world: int) -> list[tuple[range, list[str]]]:
+def _parts(spans: Mapping[str, range], world: int) -> list[tuple[range, list[str]]]:
     """Ranks that the same components have, as far as anybody reaches; each with these components."""
-    ends = {0, world} | {end for layout in layouts.values() for end in (layout.ranks.start, layout.ranks.stop)}
-    cuts = sorted(ends)
+    cuts = sorted({0, world} | {end for ranks in spans.values() for end in (ranks.start, ranks.stop)})
     parts = [range(first, stop) for first, stop in pairwise(cuts)]
-    return [(part, [name for name, layout in layouts.items() if _meet(layout.ranks, part)]) for part in parts]
+    return [(part, [name for name, ranks in spans.items() if _meet(ranks, part)]) for part in parts]
 
 
-def _wrong(what: str, layouts: Layouts, world: int, expected: str, fix: str | None = None) -> LayoutError:
-    drawn = "\n    ".join(["", *draw_ranks(layouts, world).splitlines()])
+def _wrong(
+    what: str, layouts: Layouts, world: int, expected: str, fix: str | None = None, *, colocated: bool = False
+) -> LayoutError:
+    drawn = _indented(draw_ranks(layouts, world, colocated=colocated))
     return LayoutError(what, where=", ".join(layouts), expected=expected, got=drawn, fix=fix)
+
+
+def _indented(drawn: str) -> str:
+    return "\n    ".join(["", *drawn.splitlines()])
+
+
+def of_component(name: str, error: BridgeError) -> BridgeError:
+    """The same error, which says the component that it is about."""
+    where = f"component {name}" + (f", {error.where}" if error.where is not None else "")
+    return type(error)(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix)
 
 
 def _check_names(layouts: Layouts) -> None:
@@ -221,44 +242,70 @@ def _check_no_pipeline(layouts: Layouts) -> None:
 
 def _fill_colocated(components: Layouts, world: int | None) -> dict[str, ComponentLayout]:
     world = world or max(layout.world_size for layout in components.values())
+    shares = {name: world for name, layout in components.items() if not layout.dp}
     filled = {name: replace(layout, rank_offset=layout.rank_offset or 0) for name, layout in components.items()}
-    return {n: layout if layout.dp else _with_ranks(n, layout, world, world) for n, layout in filled.items()}
+    return _with_shares(filled, shares, world, colocated=True)
 
 
 def _fill_disjoint(components: Layouts, world: int | None) -> dict[str, ComponentLayout]:
     """Sizes first, then places."""
-    sized = {name: layout for name, layout in components.items() if layout.dp is not None}
-    open_ = [name for name in components if name not in sized]
+    open_ = [name for name, layout in components.items() if layout.dp is None]
+    if world is None:
+        found = {name: replace(layout, dp=layout.parallel.dp) for name, layout in components.items()}
+        return _with_offsets(found)
+    sized = {name: layout for name, layout in components.items() if name not in open_}
     taken = sum(layout.world_size for layout in sized.values())
-    filled = dict(components)
-    if open_ and world is None:
-        filled |= {name: replace(components[name], dp=components[name].parallel.dp) for name in open_}
-    elif open_ and world is not None:
-        left = world - taken
-        if left <= 0 or left % len(open_):
-            raise LayoutError(
-                "ranks do not divide over the components without dp",
-                where=", ".join(open_),
-                expected=f"a positive multiple of {len(open_)} ranks",
-                got=f"{world} ranks - {taken} of components with dp = {left}",
-                fix="give dp for one of them, or change the number of ranks",
-            )
-        filled |= {name: _with_ranks(name, components[name], left // len(open_), world) for name in open_}
-    return _with_offsets(filled)
-
-
-def _with_ranks(name: str, layout: ComponentLayout, ranks: int, world: int) -> ComponentLayout:
-    """The layout with the `dp` that gives it so many ranks."""
-    unit = layout.tp * layout.pp * layout.cp
-    if ranks % unit:
+    left = world - taken
+    if open_ and (left <= 0 or left % len(open_)):
+        drawn = _indented(draw_ranks(_with_offsets(sized), world)) if sized else ""
         raise LayoutError(
-            "a component's share of the ranks is no multiple of tp*pp*cp",
-            where=name,
-            expected=f"a multiple of {layout.tp}*{layout.pp}*{layout.cp} = {unit}",
-            got=f"{ranks} of {world} ranks",
-            fix="change its sizes or the number of ranks, or give dp for every component",
+            "ranks do not divide over the components without dp",
+            where=", ".join(open_),
+            expected=f"a positive multiple of {len(open_)} ranks",
+            got=f"{world} ranks - {taken} of components with dp = {left}{drawn}",
+            fix="give dp for one of them, or change the number of ranks",
         )
-    return replace(layout, dp=ranks // unit)
+    shares = {name: left // len(open_) for name in open_}
+    return _with_offsets(_with_shares(components, shares, world))
+
+
+def _with_shares(
+    components: Layouts, shares: Mapping[str, int], world: int, *, colocated: bool = False
+) -> dict[str, ComponentLayout]:
+    """The layouts, those of `shares` with the `dp` that gives them so many ranks.
+
+    Raises:
+        LayoutError: a share is no multiple of a component's sizes; draws the shares.
+    """
+    found: dict[str, ComponentLayout] = dict(components)
+    for name, ranks in shares.items():
+        layout = components[name]
+        unit = layout.tp * layout.pp * layout.cp
+        if ranks % unit:
+            drawn = _draw_shares(components, shares, world, colocated=colocated)
+            raise LayoutError(
+                "a component's share of the ranks is no multiple of tp*pp*cp",
+                where=name,
+                expected=f"a multiple of {layout.tp}*{layout.pp}*{layout.cp} = {unit}",
+                got=f"{ranks} of {world} ranks{_indented(drawn)}",
+                fix="change its sizes or the number of ranks, or give dp for every component",
+            )
+        try:
+            found[name] = replace(layout, dp=ranks // unit)
+        except LayoutError as error:
+            raise of_component(name, error) from error
+    return found
+
+
+def _draw_shares(components: Layouts, shares: Mapping[str, int], world: int, *, colocated: bool) -> str:
+    """Ranks as they would be shared out, one component after the other where they are not colocated."""
+    held: dict[str, tuple[range, str]] = {}
+    first = 0
+    for name, layout in components.items():
+        count = shares.get(name, layout.world_size)
+        held[name] = (range(first, first + count), str(layout))
+        first += 0 if colocated else count
+    return _draw(held, world, shared=colocated)
 
 
 def _with_offsets(layouts: Layouts) -> dict[str, ComponentLayout]:

@@ -16,7 +16,7 @@ from bridge_core.patterns import fill
 from bridge_core.plan import Audit, Plan, RankCost, Shard
 from bridge_core.topology import ParallelLayout
 from bridge_mimo.components import Component, Components
-from bridge_mimo.layout import ComponentLayout, Layouts, check_layouts, draw_ranks
+from bridge_mimo.layout import ComponentLayout, Layouts, check_layouts, draw_ranks, of_component
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class MimoPlan(Plan):
                     **same,
                 )
             except BridgeError as error:
-                raise _of_component(name, error) from error
+                raise of_component(name, error) from error
             if not plan.entries:
                 raise ConfigError(
                     "a component would hold no tensor",
@@ -267,17 +267,12 @@ class MimoPlan(Plan):
 
     def draw(self) -> str:
         """Who has which rank, as text."""
-        return draw_ranks({name: part.layout for name, part in self.components.items()}, self.layout.world_size)
+        layouts = {name: part.layout for name, part in self.components.items()}
+        return draw_ranks(layouts, self.layout.world_size, colocated=self.colocated)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {part.layout}" for name, part in self.components.items())
         return f"MimoPlan({self.family.name}, {parts})"
-
-
-def _of_component(name: str, error: BridgeError) -> BridgeError:
-    """The same error, which says the component that it is about."""
-    where = f"component {name}" + (f", {error.where}" if error.where is not None else "")
-    return type(error)(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix)
 
 
 def check_component_names(components: Components, layouts: Layouts) -> None:

@@ -128,7 +128,7 @@ def open_live(
     named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in stored(chunk)}
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: tensor for key, tensor in named.items() if key not in left}
-    padded = padded_vocab(named, layout.tp, fields["vocab_size"])
+    padded = padded_vocab(chunks[0], named, layout.tp, fields["vocab_size"])
     plan = Plan(
         family,
         fields,
@@ -282,15 +282,24 @@ def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[Pa
     return layout, rank
 
 
-def padded_vocab(named: Mapping[tuple[int, str], Tensor], tp: int, vocab_size: int) -> int | None:
-    """Rows of the whole embedding, where this rank holds a part of it or of the output layer.
+def padded_vocab(model: Any, named: Mapping[tuple[int, str], Tensor], tp: int, vocab_size: int) -> int | None:
+    """Rows of the whole embedding: of this rank's part of it or of the output layer, or as the model was told.
 
-    A table with fewer rows than tokens is no vocabulary; its shape is refused later, by its name.
+    A rank that has neither has to know as well: it may write what those that have them hold. A table with fewer rows
+    than tokens is no vocabulary; its shape is refused later, by its name.
+
+    Args:
+        model: a bare chunk. megatron-core's models keep the rows that they were built with (`vocab_size`).
+        named: the rank's tensors.
+        tp: tensor-parallel size.
+        vocab_size: tokens.
     """
+    rows = getattr(model, "vocab_size", None)
     for (_, name), tensor in named.items():
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            return rows if (rows := tensor.shape[0] * tp) >= vocab_size else None
-    return None
+            rows = tensor.shape[0] * tp
+            break
+    return rows if rows is not None and rows >= vocab_size else None
 
 
 def _canonical(name: str, chunk: int, wanted: Mapping[tuple[int, str], Shard]) -> str:

@@ -175,7 +175,7 @@ def save_live(
     others = carried(live)
 
     layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size, others))
-    _check_agreed(layout, group)
+    _check_agreed(layout, live.plan.padded_vocab if one_writer_per_file else None, group)
 
     def make_writer() -> SharedFiles | WholeFiles:
         if one_writer_per_file:
@@ -224,14 +224,29 @@ def _copies(layout: HfLayout, like: HfFolder | None, carried: Collection[str]) -
     return sorted(jobs, key=lambda job: job.target)
 
 
-def _check_agreed(layout: HfLayout, group: Any) -> None:
-    """Raise on all ranks unless they are about to write the same files. Collective."""
+def _check_agreed(layout: HfLayout, padded_vocab: int | None, group: Any) -> None:
+    """Raise on all ranks unless they are about to write the same files. Collective.
+
+    Args:
+        layout: the files.
+        padded_vocab: rows of the whole embedding, if ranks have to know how it is cut on others.
+        group: all ranks.
+    """
     import torch.distributed as dist
 
     said: list[Any] = [None] * group.size()
-    mine = hashlib.sha256(b"".join(file.name.encode() + file.header for file in layout.files)).hexdigest()
-    dist.all_gather_object(said, mine, group=group)
-    if others := [rank for rank, digest in enumerate(said) if digest != said[0]]:
+    digest = hashlib.sha256(b"".join(file.name.encode() + file.header for file in layout.files)).hexdigest()
+    dist.all_gather_object(said, (digest, padded_vocab), group=group)
+    digests, rows = zip(*said, strict=True)
+    if len(set(rows)) > 1:
+        raise OutputError(
+            "ranks take the vocabulary to be padded differently",
+            where="one_writer_per_file",
+            expected="one number of rows of the whole embedding",
+            got=", ".join(f"rank {rank}: {count}" for rank, count in enumerate(rows)),
+            fix="let `vocab_size` of every pipeline stage's model say the rows that the embedding was built with",
+        )
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise OutputError(
             "ranks lay out the files differently",
             where="save_hf_pretrained",

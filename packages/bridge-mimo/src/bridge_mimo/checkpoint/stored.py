@@ -75,7 +75,7 @@ def mimo_variant(layouts: Layouts | None = None, *, colocated: bool = False, hf_
     """How core's conversions are told of components.
 
     Args:
-        layouts: filled in, to be recorded by an import.
+        layouts: filled in. They have to fit the model; an import records them.
         colocated: whether all components are on the same ranks.
         hf_towers: components whose towers are HF's own; a checkpoint that is read says so itself.
     """
@@ -83,15 +83,16 @@ def mimo_variant(layouts: Layouts | None = None, *, colocated: bool = False, hf_
     def components(family: Family, fields: Fields, folder: Path | None) -> Components:
         stored = stored_components(folder) if folder else None
         if stored is None:
-            return Components.of(family, fields, hf_towers=hf_towers)
-        return Components.of(family, fields, stored.routes, hf_towers=stored.hf_towers)
-
-    def sections(family: Family, fields: Fields) -> Mapping[str, Any]:
-        found = components(family, fields, None)
+            found = Components.of(family, fields, hf_towers=hf_towers)
+        else:
+            found = Components.of(family, fields, stored.routes, hf_towers=stored.hf_towers)
         if layouts is not None:
             # Layouts that do not fit are refused before a byte is written.
             MimoPlan(found, layouts, colocated=colocated)
-        return components_section(found, layouts or {}, colocated=colocated)
+        return found
+
+    def sections(family: Family, fields: Fields) -> Mapping[str, Any]:
+        return components_section(components(family, fields, None), layouts or {}, colocated=colocated)
 
     return Variant(
         family=lambda family, fields, folder: components(family, fields, folder).whole,

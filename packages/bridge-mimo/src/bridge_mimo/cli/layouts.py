@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Annotated, Any
 
 from bridge_core.cli.options import UsageError
-from bridge_mimo.layout import ComponentLayout
+from bridge_core.errors import LayoutError
+from bridge_mimo.layout import ComponentLayout, of_component
 
 Component = Annotated[
     tuple[str, ...],
@@ -15,6 +16,10 @@ Component = Annotated[
     "out is 1, dp and rank_offset are filled in. Give the option once per component.",
 ]
 WorldSize = Annotated[int | None, "Ranks of the run; as many as the layouts need at the least if not given."]
+HfTower = Annotated[
+    tuple[str, ...],
+    "A component whose tower is to be HF's own, whole on every rank (images). Give the option once per component.",
+]
 Colocated = Annotated[bool, "All components on the same ranks, in place of each on its own."]
 
 _NUMBERS = tuple(item.name for item in fields(ComponentLayout) if item.name != "pipeline_model_parallel_layout")
@@ -38,7 +43,10 @@ def read_components(texts: Sequence[str]) -> dict[str, ComponentLayout]:
             if option not in _NUMBERS or option in options or not value.isascii() or not value.isdigit():
                 raise _misread(f"a size of {name} is not understood: {size!r}", text)
             options[option] = int(value)
-        found[name] = ComponentLayout(**options)
+        try:
+            found[name] = ComponentLayout(**options)
+        except LayoutError as error:
+            raise of_component(name, error) from error
     return found
 
 

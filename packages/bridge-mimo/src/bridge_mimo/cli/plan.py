@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from bridge_core.cli.convert import Ignore, IgnoreOption
 from bridge_core.cli.tables import facts, in_bytes, in_count, table
-from bridge_mimo.cli.layouts import Colocated, Component, WorldSize, read_components
+from bridge_mimo.cli.layouts import Colocated, Component, HfTower, WorldSize, read_components
 
 if TYPE_CHECKING:
     from bridge_core.plan import Audit, RankCost
@@ -24,6 +24,7 @@ class Plan:
     component: Component = ()
     world_size: WorldSize = None
     colocated: Colocated = False
+    hf_tower: HfTower = ()
     make_vocab_size_divisible_by: Annotated[
         int, "The vocabulary is padded to a multiple of this times the language component's tp."
     ] = 1
@@ -67,7 +68,7 @@ class Plan:
             parallelism=read_components(self.component) or None,
             world_size=self.world_size,
             colocated=self.colocated,
-        )
+        ).with_hf_towers(*self.hf_tower)
         return bridge.plan(make_vocab_size_divisible_by=self.make_vocab_size_divisible_by)
 
 

@@ -59,15 +59,11 @@ def open_mimo(
     parts = modules_of(model, groups)
     named = {(0, prefix + name): tensor for prefix, module in parts.values() for name, tensor in stored(module)}
     left = {key for key in named if matches(key[1], excepted)}
-    padded = None
-    if LANGUAGE in parts:
-        own = {(0, name): tensor for name, tensor in stored(parts[LANGUAGE][1])}
-        padded = padded_vocab(own, groups.mine[LANGUAGE].tp.size(), components.fields["vocab_size"])
     plan = MimoPlan(
         components,
         groups.layouts,
         colocated=groups.colocated,
-        padded_vocab=padded,
+        padded_vocab=_padded_vocab(model, parts, groups, components.fields["vocab_size"]),
         inventory=inventory,
         ignore=ignore,
         codec=codec,
@@ -75,6 +71,15 @@ def open_mimo(
     )
     live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
     return replace(live, excepted=tuple(name for _, name in sorted(left)))
+
+
+def _padded_vocab(model: Any, parts: Mapping[str, tuple[str, Module]], groups: MimoGroups, tokens: int) -> int | None:
+    """Rows of the whole embedding, also on ranks of other components: as the language model is specified."""
+    if LANGUAGE in parts:
+        module = parts[LANGUAGE][1]
+        own = {(0, name): tensor for name, tensor in stored(module)}
+        return padded_vocab(module, own, groups.mine[LANGUAGE].tp.size(), tokens)
+    return model.mimo_config.language_model_spec.params.get("vocab_size")
 
 
 def modules_of(model: Any, groups: MimoGroups) -> dict[str, tuple[str, Module]]:

@@ -70,19 +70,19 @@ def save_megatron_model(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    known = groups_of(model, groups)
     folders: list[HfFolder] = []
 
     def opened() -> LiveModel:
         if source is not None:
             folders.append(open_hf(source))
         shapes = folders[0].shapes if folders else None
-        live = open_mimo(model, components, known, inventory=shapes, ignore=ignore)
+        live = open_mimo(model, components, groups_of(model, groups), inventory=shapes, ignore=ignore)
         live.plan.audit(shapes)
         return live
 
     def state() -> dict[str, Any]:
-        return {"model": sharded_state(model, known) | (_carried(components, folders[0], ignore) if folders else {})}
+        found = sharded_state(model, groups_of(model, groups))
+        return {"model": found | (_carried(components, folders[0], ignore) if folders else {})}
 
     def text(live: LiveModel, dtype: str) -> str:
         return write_run_config(
@@ -92,11 +92,13 @@ def save_megatron_model(
             dtype,
             ignore=ignore,
             forms=live.plan.forms,
-            sections=components_section(components, known.layouts, colocated=mimo_plan(live).colocated),
+            sections=components_section(
+                components, groups_of(model, groups).layouts, colocated=mimo_plan(live).colocated
+            ),
         )
 
     report = save_live(opened, state, text, path, iteration=iteration, overwrite=overwrite)
-    return replace(report, adapters=_count(model, known))
+    return replace(report, adapters=_count(model, groups_of(model, groups)))
 
 
 def load_megatron_model(
@@ -121,7 +123,6 @@ def load_megatron_model(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    known = groups_of(model, groups)
 
     def compare(live: LiveModel, folder: Path) -> None:
         dcp = read_dcp(folder)
@@ -131,18 +132,18 @@ def load_megatron_model(
 
     def take(loaded: dict[str, Any]) -> None:
         state = loaded["model"]
-        for prefix, module in modules_of(model, known).values():
+        for prefix, module in modules_of(model, groups_of(model, groups)).values():
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             fill_module(module, own)
 
     report = load_live(
-        lambda: open_mimo(model, components, known, ignore=ignore),
+        lambda: open_mimo(model, components, groups_of(model, groups), ignore=ignore),
         compare,
-        lambda: {"model": sharded_state(model, known)},
+        lambda: {"model": sharded_state(model, groups_of(model, groups))},
         take,
         path,
     )
-    return replace(report, adapters=_count(model, known))
+    return replace(report, adapters=_count(model, groups_of(model, groups)))
 
 
 def _count(model: Any, groups: MimoGroups) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.errors import ConfigError
+from bridge_core.errors import ConfigError, LayoutError
 from bridge_core.families import Fields
 from bridge_core.runtime.layer_specs import Spec
 from bridge_core.runtime.provider import Provider
@@ -100,6 +100,7 @@ class MimoProvider:
         """
         groups = groups or self.make_groups()
         check_live(groups)
+        self._check_layouts(groups)
         MimoPlan(self.components, groups.layouts, colocated=groups.colocated)  # refuses what does not divide
         from bridge_mimo.runtime.model import BridgedMimoModel
 
@@ -108,6 +109,16 @@ class MimoProvider:
         model = BridgedMimoModel(self.config(groups), **options, deepstack=self.deepstack)
         model.mimo_groups = groups
         return model
+
+    def _check_layouts(self, groups: MimoGroups) -> None:
+        if dict(groups.layouts) != self.layouts:
+            raise LayoutError(
+                "process groups are those of other layouts than the provider's",
+                where="groups",
+                expected=", ".join(f"{name}: {layout}" for name, layout in self.layouts.items()),
+                got=", ".join(f"{name}: {layout}" for name, layout in groups.layouts.items()),
+                fix="pass provider.make_groups(), or leave them out",
+            )
 
     def provide_distributed_model(
         self, groups: MimoGroups | None = None, *, wrap_with_ddp: bool = False, ddp_config: Any = None
@@ -140,7 +151,7 @@ class MimoProvider:
         )
 
     def language_spec(self, groups: ProcessGroupCollection | None) -> ModuleSpec:
-        """The language model of one rank; on ranks that do not have it, its configuration alone."""
+        """The language model of one rank; on ranks that do not have it, its configuration and sizes alone."""
         from megatron.core.transformer.spec_utils import ModuleSpec
 
         provider = self.language.copy().apply_overrides(_sizes(self.layouts[LANGUAGE]) | {"mtp_num_layers": None})
@@ -148,7 +159,11 @@ class MimoProvider:
         if mrope := fields.get("position_embedding_type") == "mrope":
             provider.mrope_section = list(fields.get("mrope_section") or _MROPE_SECTION)
         config = provider.finalize()
-        params = {"config": config, "max_sequence_length": provider.seq_length}
+        params = {
+            "config": config,
+            "max_sequence_length": provider.seq_length,
+            "vocab_size": provider.padded_vocab,
+        }
         if groups is not None:
             params = provider.model_arguments(config, groups)
             # `MimoModel` cuts the sequence itself, after images took their places in it.
@@ -173,9 +188,8 @@ def _hf_tower(
     """The modality of a tower that is HF's own module."""
     from bridge_mimo.towers import replicated_tower_spec, vision_modality_spec
 
-    (route,) = components.parts[name].routes
     tower = replicated_tower_spec(components.family.to_hf(fields), settings, groups=groups)
-    return vision_modality_spec({route.target_module_path.rpartition(".")[2]: tower}, groups=groups)
+    return vision_modality_spec({_encoder_key(components, name): tower}, groups=groups)
 
 
 def _qwen_tower(
@@ -184,19 +198,32 @@ def _qwen_tower(
     """The modality of a Qwen model's images."""
     from bridge_mimo.towers import tower_spec, vision_modality_spec
 
+    key = _encoder_key(components, name)
+    if not fields.get("vision_spatial_merge_size"):
+        raise _unknown(components, name)
+    return vision_modality_spec({key: tower_spec(fields, settings, groups=groups, spec=spec)}, groups=groups)
+
+
+def _encoder_key(components: Components, name: str) -> str:
+    """What `MimoModel` calls the one encoder that a component consists of.
+
+    Raises:
+        ConfigError: the component consists of something else.
+    """
     paths = [route.target_module_path.rpartition(".") for route in components.parts[name].routes]
-    if not fields.get("vision_spatial_merge_size") or {at for at, _, _ in paths} != {
-        f"modality_submodules.{name}.encoders"
-    }:
-        raise ConfigError(
-            "it is not known how to build a component",
-            where=f"component {name} of a {components.family.name} model",
-            expected="a vision tower of Qwen3-VL or Qwen3.5, or a function in `modality_specs`",
-            got=", ".join(".".join((at, key)) for at, _, key in paths),
-            fix=f"set provider.modality_specs[{name!r}]",
-        )
-    encoders = {key: tower_spec(fields, settings, groups=groups, spec=spec) for _, _, key in paths}
-    return vision_modality_spec(encoders, groups=groups)
+    if [at for at, _, _ in paths] != [f"modality_submodules.{name}.encoders"]:
+        raise _unknown(components, name)
+    return paths[0][2]
+
+
+def _unknown(components: Components, name: str) -> ConfigError:
+    return ConfigError(
+        "it is not known how to build a component",
+        where=f"component {name} of a {components.family.name} model",
+        expected="a vision tower of Qwen3-VL or Qwen3.5 or one of HF, alone; or a function in `modality_specs`",
+        got=", ".join(route.target_module_path for route in components.parts[name].routes),
+        fix=f"set provider.modality_specs[{name!r}]",
+    )
 
 
 def _sizes(layout: ComponentLayout, *, dense: bool = False) -> dict[str, Any]:

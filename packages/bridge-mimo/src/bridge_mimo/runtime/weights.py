@@ -88,16 +88,15 @@ def save_hf_pretrained(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
-    known = groups_of(model, groups)
     family, fields = components.family, components.fields
 
     def opened(like: HfFolder | None) -> LiveModel:
         held, how = like.shapes if like else None, codec_options(fp8, like)
-        return open_mimo(model, components, known, inventory=held, ignore=ignore, **how)
+        return open_mimo(model, components, groups_of(model, groups), inventory=held, ignore=ignore, **how)
 
     return save_live(
         opened,
-        lambda live: cut_over(live, known),
+        lambda live: cut_over(live, groups_of(model, groups)),
         path,
         family.consistent(config, fields) if config else family.to_hf(fields),
         source=source,

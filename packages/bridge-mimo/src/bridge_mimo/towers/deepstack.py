@@ -40,8 +40,8 @@ class DeepstackMimoModel(MimoModel):
         super().__init__(mimo_config, cp_group=cp_group, tp_group=tp_group)
         self.deepstack = dict(deepstack)
         self._sets: list[Tensor] = []  # [S, B, H] each, zero where the text is
-        language = mimo_config.language_model_spec.params["config"]
-        if language.recompute_granularity == "full":
+        settings = mimo_config.language_model_spec.params["config"]
+        if any(self.deepstack.values()) and settings.recompute_granularity == "full":
             raise ConfigError(
                 "a language model that is fed by deepstack cannot recompute whole layers",
                 where="recompute_granularity",

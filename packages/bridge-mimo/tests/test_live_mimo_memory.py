@@ -1,0 +1,44 @@
+"""Exports stream: what a rank needs beside its component does not grow with any component, its own or another's."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="configurations are transformers'")
+
+from memory_jobs import peaks_of_exports
+
+MATRIX = 2048 * 512 * 4
+"""Bytes of the largest tensor of the folder: the projections of an MLP."""
+BUCKET = 2 * MATRIX
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+def test_depth_costs_no_memory(rank_pool, tmp_path):
+    results = rank_pool.run(peaks_of_exports, config(), str(tmp_path), [8, 24], BUCKET, ranks=range(2))
+    for rank, (shallow, deep) in enumerate(results):
+        if rank == 0:
+            assert deep["held"] > 10 * 3 * MATRIX
+        # In place: at most a tensor that is put together before it is written.
+        assert deep["save"] < 2 * MATRIX, results
+        # A bucket that is being filled beside the one that the consumer still holds, and the sum's own buffers.
+        assert deep["stream"] < 4 * BUCKET, results
+        for step in ("save", "stream"):
+            assert deep[step] - shallow[step] < MATRIX, (rank, step, results)
+
+
+def config():
+    """A small tower, and a language model whose layers are 16 MB."""
+    from bridge_core.testing.hf_models import make_model
+
+    tiny = make_model("qwen3_vl").config.to_dict()
+    wide = {"hidden_size": 512, "intermediate_size": 2048}
+    return tiny | {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "text_config": tiny["text_config"] | wide,
+        "vision_config": tiny["vision_config"] | {"out_hidden_size": 512},
+    }
