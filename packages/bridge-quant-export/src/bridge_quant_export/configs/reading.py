@@ -84,7 +84,7 @@ def _pattern(entry: str) -> re.Pattern[str]:
 
 
 def completed(said: Mapping[str, Any] | None, beside: Mapping[str, Any], *, where: object) -> dict[str, Any] | None:
-    """`quantization_config` of a folder with hf_quant_config.json, which older ModelOpt wrote alone (up to 0.33).
+    """`quantization_config` of a folder with hf_quant_config.json, which many published folders have alone.
 
     Args:
         said: config.json's own, or None.
