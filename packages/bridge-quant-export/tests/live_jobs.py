@@ -31,8 +31,13 @@ MIXED = "mixed"
 _SCALED = ("int4_awq", "w4a8_awq")
 
 
-def quantise(chunks: list[Any], pg: Any, name: str, *, kv: bool = False) -> None:
-    """`mtq.quantize` with ranges of the weights; input ranges and scales are given, the same in every layout."""
+def quantise(chunks: list[Any], pg: Any, name: str, *, kv: bool = False, head: bool = False) -> None:
+    """`mtq.quantize` with ranges of the weights; input ranges and scales are given, the same in every layout.
+
+    Args:
+        kv: with the KV cache.
+        head: with the output layer, which ModelOpt's configurations leave out.
+    """
     import modelopt.torch.quantization as mtq
 
     from bridge_quant_export import prepare_for_modelopt
@@ -47,6 +52,15 @@ def quantise(chunks: list[Any], pg: Any, name: str, *, kv: bool = False) -> None
     if kv:
         extra = [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}, "enable": True}]
         config["quant_cfg"] = [*config["quant_cfg"], *extra]
+    if head:
+        found = {entry["quantizer_name"]: entry for entry in config["quant_cfg"] if "cfg" in entry}
+        names = [f"*{which}_quantizer" for which in ("weight", "input")]
+        of_head = [
+            found[quantizer] | {"quantizer_name": f"*output_layer.{quantizer[1:]}"}
+            for quantizer in names
+            if quantizer in found
+        ]
+        config["quant_cfg"] = [*config["quant_cfg"], *(entry | {"enable": True} for entry in of_head)]
     prepare_for_modelopt(chunks, pg)
     for chunk in chunks:
         for place, module in _linears(chunk) if name in _SCALED else ():
@@ -116,11 +130,13 @@ def _weights(module: Any) -> list[Any]:
 
 
 def _linears(chunk: Any) -> Iterator[tuple[str, Any]]:
-    """The linears of the layers, each with its global layer number and name, the same for every expert module."""
+    """The linears of the model, each with its global layer number and name, the same for every expert module."""
     for layer in chunk.decoder.layers:
         for path, module in layer.named_modules():
             if re.search(r"linear_\w+$", path) and _weights(module):
                 yield f"{layer.layer_number}." + re.sub(r"local_experts\.\d+\.", "", path), module
+    if hasattr(getattr(chunk, "output_layer", None), "input_quantizer"):
+        yield "output_layer", chunk.output_layer
 
 
 def disable(chunks: list[Any], layers: tuple[int, ...]) -> None:
@@ -167,6 +183,7 @@ def export(
     *,
     spec: str = "host",
     kv: bool = False,
+    head: bool = False,
     grouped: bool = True,
     skip: tuple[int, ...] = (),
     options: dict[str, Any] | None = None,
@@ -174,6 +191,7 @@ def export(
     """Quantise and export to `out/{format}-{writer}`, for each pair of both; the reports.
 
     Args:
+        kv, head: see `quantise`.
         skip: layers (global numbers) that are left unquantised.
     """
     import logging
@@ -190,7 +208,7 @@ def export(
     with host_backend():
         for name in dict.fromkeys(name for name, _ in formats):
             pg, chunks = build_loaded(bridge, layout, spec, grouped=grouped)
-            quantise(chunks, pg, name, kv=kv)
+            quantise(chunks, pg, name, kv=kv, head=head)
             disable(chunks, skip)
             for writer in [writer for other, writer in formats if other == name]:
                 reports.append(
@@ -199,6 +217,31 @@ def export(
                     )
                 )
     return reports
+
+
+def opened_for_writing(path: str, layout: dict[str, Any], out: str) -> list[str]:
+    """Names of the JSON files that this rank opens for writing in an export, each as often as it does.
+
+    Told by the interpreter itself, to a hook that stays and is silent afterwards: hooks cannot be removed.
+    """
+    import sys
+    from pathlib import Path
+
+    opened: list[str] = []
+    listening = True
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if listening and event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+            name = Path(str(arguments[0])).name
+            if name.endswith(".json"):
+                opened.append(name)
+
+    sys.addaudithook(hear)
+    try:
+        export(path, layout, out, [("fp8", "modelopt")], options={"max_shard_size": 300_000})
+    finally:
+        listening = False
+    return opened
 
 
 # --- What goes wrong ---------------------------------------------------------------------------

@@ -18,14 +18,15 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def make(name: str, folder: Path, **changes: int) -> Path:
-    """Save `qwen3` or `qwen3_moe` as transformers does, in fp32; `changes` are options of its configuration."""
+    """Save `qwen3`, `qwen3_moe` or `qwen2` (with biases) as transformers does, in fp32; `changes` are options."""
     import torch
     import transformers
 
     from bridge_core.testing.hf_models import save_model
 
-    kind, options = {"qwen3": ("Qwen3", {}), "qwen3_moe": ("Qwen3Moe", EXPERTS)}[name]
-    config = getattr(transformers, f"{kind}Config")(**SIZES | options | changes)
+    kind, options = {"qwen3": ("Qwen3", {}), "qwen3_moe": ("Qwen3Moe", EXPERTS), "qwen2": ("Qwen2", {})}[name]
+    sizes = {key: value for key, value in SIZES.items() if name != "qwen2" or key != "head_dim"}
+    config = getattr(transformers, f"{kind}Config")(**sizes | options | changes)
     torch.manual_seed(7)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(11)

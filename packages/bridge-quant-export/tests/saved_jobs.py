@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from live_jobs import build_loaded, quantise
+from te_forms import te_forms
 
 
 def save_and_export(
@@ -14,9 +15,15 @@ def save_and_export(
     formats: list[tuple[str, str]],
     *,
     spec: str = "host",
+    like_te: bool = False,
 ) -> None:
-    """Quantise, save to `out/{format}` as Megatron-LM does with ModelOpt, export live to `out/{format}-{writer}`."""
+    """Quantise, save to `out/{format}` as Megatron-LM does with ModelOpt, export live to `out/{format}-{writer}`.
+
+    Args:
+        like_te: grouped experts and a quantised KV cache, saved as ModelOpt saves those of Transformer Engine.
+    """
     import warnings
+    from contextlib import nullcontext
     from pathlib import Path
 
     import torch.distributed as dist
@@ -31,10 +38,10 @@ def save_and_export(
 
     warnings.simplefilter("ignore")
     bridge = AutoBridge.from_hf_pretrained(path)
-    with host_backend():
+    with host_backend(), te_forms() if like_te else nullcontext():
         for name in dict.fromkeys(name for name, _ in formats):
-            pg, chunks = build_loaded(bridge, layout, spec, grouped=False)
-            quantise(chunks, pg, name)
+            pg, chunks = build_loaded(bridge, layout, spec, grouped=like_te)
+            quantise(chunks, pg, name, kv=like_te)
             folder = Path(out, name)
             if dist.get_rank() == 0:
                 folder.mkdir()

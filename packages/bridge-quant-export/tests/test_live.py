@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from live_jobs import CONFIGS, MIXED, export
+import torch
+from live_jobs import CONFIGS, MIXED, export, opened_for_writing
 from quant_models import make
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from bridge_core import ParallelLayout
 from bridge_core.testing.hf_models import make_model, save_model
@@ -29,26 +31,37 @@ WRITABLE = pairs_of(CONFIGS)
 # TensorRT-LLM takes scales of inputs in half precision only.
 OPTIONS = {"dtype": "bfloat16"}
 
-DENSE = [
-    *({"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}, {"cp": 2}),
-    *({"tp": 2, "pp": 2}, {"tp": 2, "dp": 2}, {"pp": 2, "num_layers_in_first_pipeline_stage": 3}),
-]
-EXPERTS = [
+# Every way to cut a model, for a dense one and for experts in either module.
+PLAIN = [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}]
+OF_EXPERTS = [
     {"ep": 2, "dp": 2},
     {"tp": 1, "ep": 1, "etp": 2, "dp": 2},
     {"tp": 2, "ep": 2, "etp": 1},
-    {"tp": 2, "ep": 1, "etp": 2},
     {"pp": 2, "ep": 2, "dp": 2},
-    {"ep": 4, "dp": 4},
 ]
-CASES = [
-    *(("qwen3", layout, "host", True) for layout in DENSE),
-    ("qwen3", {"tp": 2, "pp": 2}, "local", True),
-    *(("qwen3_moe", layout, "host", True) for layout in EXPERTS),
-    ("qwen3_moe", {"ep": 2, "dp": 2}, "host", False),
-    ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, "host", False),
-    ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "local", True),
-]
+MODULES = {
+    "dense": [
+        *(("qwen3", layout, "host", True) for layout in PLAIN),
+        ("qwen3", {"tp": 2, "dp": 2}, "host", True),
+        ("qwen3", {"pp": 2, "num_layers_in_first_pipeline_stage": 3}, "host", True),
+        ("qwen3", {"tp": 2, "pp": 2}, "local", True),
+    ],
+    "grouped": [
+        *(("qwen3_moe", layout, "host", True) for layout in (*PLAIN, *OF_EXPERTS)),
+        ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "host", True),
+        ("qwen3_moe", {"ep": 4, "dp": 4}, "host", True),
+    ],
+    "sequential": [
+        *(("qwen3_moe", layout, "host", False) for layout in (*PLAIN, *OF_EXPERTS)),
+        ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "local", True),
+    ],
+}
+CASES = [case for cases in MODULES.values() for case in cases]
+
+
+def kinds_of(number):
+    """Two formats to a case, in turn: every format meets every module, and several layouts. The grid is slow."""
+    return [list(CONFIGS)[(2 * number + step) % len(CONFIGS)] for step in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +128,12 @@ def case_id(case):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=map(case_id, CASES))
 def test_layouts_give_the_same_bytes(rank_pool, models, single, tmp_path, number):
-    # Three formats to a layout, in turn: every format meets several layouts. The whole grid is below.
-    kinds = [list(CONFIGS)[(number + step) % len(CONFIGS)] for step in (0, 4, 8)]
-    check_layout(rank_pool, models, single, tmp_path, CASES[number], kinds)
+    check_layout(rank_pool, models, single, tmp_path, CASES[number], kinds_of(number))
+
+
+def test_every_format_meets_a_dense_model_and_experts_in_either_module():
+    for cases in MODULES.values():
+        assert {kind for case in cases for kind in kinds_of(CASES.index(case))} == set(CONFIGS)
 
 
 @pytest.mark.slow
@@ -213,8 +229,6 @@ def test_a_last_stage_without_quantised_layers(rank_pool, models, tmp_path, layo
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}])
 def test_kv_scales(rank_pool, models, tmp_path, layout):
-    from safetensors.torch import load_file
-
     pairs = [("fp8", writer) for writer in WRITERS]
     for out, sizes in (("one", {}), ("many", layout)):
         ranks = range(ParallelLayout(**sizes).world_size)
@@ -232,3 +246,59 @@ def test_kv_scales(rank_pool, models, tmp_path, layout):
         assert len({float(scale) for scale in scales.values()}) == 8
         assert all(1 < float(scale) < 800 / 448 for scale in scales.values())
         assert json.loads((folder / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+
+
+LATENTS = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}])
+def test_projections_of_latent_attention_that_engines_fuse(rank_pool, tmp_path, layout):
+    """Two weights of Megatron's, with ranges of their own: engines load their second-level scales as one."""
+    folder = save_model(make_model("deepseek_v3", **LATENTS), tmp_path / "hf")
+    pairs = [("nvfp4", writer) for writer in WRITERS]
+    ranks = range(ParallelLayout(**layout).world_size)
+    rank_pool.run(export, str(folder), layout, str(tmp_path), pairs, ranks=ranks)
+    for _, writer in pairs:
+        out = tmp_path / f"nvfp4-{writer}"
+        found = verify_quantized(out, folder, tolerance=0.2)
+        assert found.ok, found.wrong[:3]
+        tensors = load_file(out / "model.safetensors")
+        names = (
+            ("weight_scale_2", "input_scale") if writer == "modelopt" else ("weight_global_scale", "input_global_scale")
+        )
+        for layer in range(4):
+            at = f"model.layers.{layer}.self_attn"
+            for name in names:
+                assert torch.equal(tensors[f"{at}.q_a_proj.{name}"], tensors[f"{at}.kv_a_proj_with_mqa.{name}"])
+                assert not torch.equal(tensors[f"{at}.q_a_proj.{name}"], tensors[f"{at}.q_b_proj.{name}"])
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "pp": 2}])
+def test_biases_and_an_output_layer_whose_vocabulary_is_padded(rank_pool, models, tmp_path, layout):
+    """Biases go with the rows of their projections; rows that pad the vocabulary are not written, packed or not."""
+    pairs = pairs_of(["nvfp4", "fp8_channel", "int4"])
+    for out, sizes in (("one", {}), ("many", layout)):
+        ranks = range(ParallelLayout(**sizes).world_size)
+        rank_pool.run(export, str(models("qwen2")), sizes, str(tmp_path / out), pairs, ranks=ranks, head=True)
+    original = load_file(models("qwen2") / "model.safetensors")
+    biases = {name for name in original if name.endswith(".bias")}
+    assert len(biases) == 4 * 3
+    for kind, writer in pairs:
+        folder = tmp_path / "many" / f"{kind}-{writer}"
+        check_same(tmp_path / "one" / f"{kind}-{writer}", folder)
+        found = verify_quantized(folder, models("qwen2"), tolerance=0.17)
+        assert found.ok, (kind, writer, found.wrong[:3])
+        assert {error.module: error.format for error in found.errors}["lm_head"] == kind
+        tensors = load_file(folder / "model.safetensors")
+        assert all(torch.equal(tensors[name], original[name]) for name in biases)
+        codes = tensors.get("lm_head.weight_packed", tensors.get("lm_head.weight"))
+        assert codes.shape[0] == tensors["model.embed_tokens.weight"].shape[0] == 131
+
+
+@pytest.mark.parametrize("layout", [{"dp": 4}, {"tp": 2, "pp": 2}])
+def test_configurations_are_written_once_by_one_rank(rank_pool, models, tmp_path, layout):
+    opened = rank_pool.run(opened_for_writing, str(models("qwen3")), layout, str(tmp_path), ranks=range(4))
+    said = [sorted(name for name in of_rank if "tokenizer" not in name) for of_rank in opened]
+    assert sorted(map(bool, said)) == [False, False, False, True]
+    wanted = ["config.json", "hf_quant_config.json", "model.safetensors.index.json"]
+    assert [name for name in max(said) if name in wanted] == wanted

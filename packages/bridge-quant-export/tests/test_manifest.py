@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from bridge_core import AutoBridge, ParallelLayout
+from bridge_core.checkpoint.output import write_folder
 from bridge_quant_export.configs import modelopt
 from bridge_quant_export.errors import FormatError
 from bridge_quant_export.formats import format_of
@@ -46,35 +53,96 @@ def dtypes_of(plan):
     return dict.fromkeys(plan.hf_tensors, "BF16")
 
 
-def test_every_expert_of_a_large_model_is_there_exactly_once():
-    layout = ParallelLayout(tp=1, pp=9, ep=8, dp=8)
-    bridge = AutoBridge.from_hf_config(CONFIG)
-    started = time.perf_counter()
-    plan = bridge.plan(layout)
-    formats = formats_of(plan, "nvfp4")
-    found = make_manifest(plan, formats, writer="modelopt", dtypes=dtypes_of(plan))
-    seconds = time.perf_counter() - started
-    for layer in (0, 57, 107):
-        for expert in range(512):
-            for which, shape in (("gate", (2048, 8192)), ("up", (2048, 8192)), ("down", (8192, 2048))):
-                module = f"model.layers.{layer}.mlp.experts.{expert}.{which}_proj"
-                assert found.shapes[f"{module}.weight"] == (shape[0], shape[1] // 2)
-                assert found.shapes[f"{module}.weight_scale"] == (shape[0], shape[1] // 16)
-                assert found.dtypes[f"{module}.input_scale"] == "F32"
-    assert len(found.layers.quantized) == 108 * (512 * 3 + 4)
-    # Ranks of one pipeline stage and replica hold different experts, all of them together.
+SUPER = Path(__file__).parents[2] / "bridge-core" / "tests" / "published" / "nemotron-3-super-120b-a12b.json"
+# As Nemotron-3 Super, with the proportions of Ultra: 108 layers over 9 stages of 12.
+ULTRA = json.loads(SUPER.read_text()) | {
+    "hidden_size": 8192,
+    "hybrid_override_pattern": "MEMEMEMEM*E" * 9 + "MEMEMEMEM",
+    "num_hidden_layers": 108,
+    "intermediate_size": 5120,
+    "mamba_num_heads": 256,
+    "moe_intermediate_size": 5120,
+    "moe_latent_size": 2048,
+    "moe_shared_expert_intermediate_size": 10240,
+    "num_attention_heads": 64,
+    "n_routed_experts": 512,
+}
+
+
+def test_a_hybrid_of_108_layers_and_512_experts_on_72_ranks():
+    """PP9 x TP1 x EP8: every expert of every layer once, in the manifest and over the ranks."""
+    plan = AutoBridge.from_hf_config(ULTRA).plan(ParallelLayout(tp=1, pp=9, ep=8))
+    moe = [layer for layer, kind in enumerate(ULTRA["hybrid_override_pattern"]) if kind == "E"]
+    found = make_manifest(plan, formats_of(plan, "nvfp4"), writer="modelopt", dtypes=dtypes_of(plan))
+    experts = {
+        f"{at}.mixer.experts.{expert}.{which}_proj"
+        for at in [*(f"backbone.layers.{layer}" for layer in moe), "mtp.layers.1"]
+        for expert in range(512)
+        for which in ("up", "down")
+    }
+    assert {name for name in found.layers.quantized if ".experts." in name} == experts
+    for name in experts:
+        rows, columns = (5120, 2048) if name.endswith("up_proj") else (2048, 5120)
+        assert found.shapes[f"{name}.weight"] == (rows, columns // 2)
+        assert found.shapes[f"{name}.weight_scale"] == (rows, columns // 16)
+        assert found.shapes[f"{name}.weight_scale_2"] == found.shapes[f"{name}.input_scale"] == ()
+        assert found.dtypes[f"{name}.input_scale"] == "F32"
+    # Over the ranks: the experts of a stage lie on its eight ranks, each on one.
     held = Counter(
-        (shard.layer, shard.expert)
-        for rank in range(8)
+        (shard.entry, shard.layer, shard.expert)
+        for rank in range(plan.layout.world_size)
         for shard in plan.iter_local_shards(rank)
-        if shard.entry.endswith("linear_fc1.weight{expert}")
+        if "{expert}" in shard.entry
     )
-    assert held == Counter((layer, expert) for layer in range(12) for expert in range(512))
+    assert plan.layout.world_size == 72
+    assert set(held.values()) == {1}
+    assert len(held) == len(experts)
+    # What a rank packs at a time is one shard, and none is larger than the largest weight of a layer.
+    weights = [prod(shape) for name, shape in plan.hf_tensors.items() if re.match(r"(backbone|mtp)\.layers\.", name)]
+    shards = (shard for rank in range(72) for shard in plan.iter_local_shards(rank) if shard.entry.startswith(LAYERS))
+    assert max(prod(shard.shape) for shard in shards) == max(weights)
     inline, beside = modelopt.compose(found.layers, producer_version="0.47.0")
-    assert inline["ignore"] == beside["quantization"]["exclude_modules"]
-    assert "model.layers.107.mlp.gate" in inline["ignore"]
-    assert len(inline["ignore"]) == 108 + 2
-    assert seconds < 120
+    assert beside["quantization"]["quant_algo"] == inline["quant_algo"] == "NVFP4"
+    routers = {f"backbone.layers.{layer}.mixer.gate" for layer in moe}
+    assert routers | {"lm_head", "backbone.embeddings"} <= set(inline["ignore"])
+    assert not experts & set(inline["ignore"])
+
+
+LAYERS = ("decoder.layers", "mtp.layers")
+
+
+def test_its_configurations_are_written_once_after_all_ranks_are_done(tmp_path):
+    """72 workers of one folder, as threads: one prepares, all fill, and then one of them finishes it."""
+    size, events = 72, []
+    barrier, failures = Barrier(size, timeout=60), [None] * size
+
+    class Thread:
+        def __init__(self, rank):
+            self.rank, self.size = rank, size
+
+        def together(self, step):
+            try:
+                step()
+            except Exception as error:
+                failures[self.rank] = error
+            barrier.wait()
+            assert not any(failures), failures
+
+    def run(rank):
+        write_folder(
+            tmp_path / "out",
+            0,
+            Thread(rank),
+            lambda folder: events.append("prepare"),
+            lambda folder, rank, size: (time.sleep(rank % 7 / 1000), events.append("fill"))[0],
+            lambda folder: (events.append("finish"), (folder / "config.json").write_text("{}"))[0],
+            overwrite=False,
+        )
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(run, range(size)))
+    assert events == ["prepare", *["fill"] * size, "finish"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("writer", ["modelopt", "compressed-tensors"])

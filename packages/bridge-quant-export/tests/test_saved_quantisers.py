@@ -90,3 +90,14 @@ def test_what_is_switched_off_or_no_state_is_unquantised_or_refused(tmp_path):
     save(tmp_path / "broken", broken)
     with pytest.raises(BridgeError, match="cannot be read"):
         _Saved(read_dcp(tmp_path / "broken")).layer(place(0), SHAPE, gated=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranges_without_settings_are_not_taken_for_an_unquantised_layer(tmp_path):
+    save(tmp_path / "bare", {f"{MODULE}.weight_quantizer._amax": torch.ones(EXPERTS), "other": torch.zeros(1)})
+    with pytest.raises(BridgeError, match="settings of its quantisers are missing"):
+        _Saved(read_dcp(tmp_path / "bare")).layer(place(0), SHAPE, gated=False)
+    attention = "decoder.layers.3.self_attention.core_attention"
+    save(tmp_path / "kv", {f"{attention}.k_bmm_quantizer._amax": torch.ones(1), "other": torch.zeros(1)})
+    with pytest.raises(BridgeError, match="settings of its quantisers are missing"):
+        _Saved(read_dcp(tmp_path / "kv")).kv(attention, place(0))

@@ -7,18 +7,15 @@ change the weights and is not known (zero points, an order of groups) is refused
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.codecs import OPTION, Found, Header
 from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError, preview
 from bridge_core.geometry import Box, Shape
-from bridge_quant_export.configs.layers import fused_name
 from bridge_quant_export.configs.modelopt import HF_QUANT_CONFIG
-from bridge_quant_export.configs.reading import LINEAR, read_claims
+from bridge_quant_export.configs.reading import completed, read_claims
 from bridge_quant_export.errors import FormatError
 from bridge_quant_export.formats.format import COLS, ROWS, Format, Stored
 from bridge_quant_export.formats.names import WHOLE_SHAPE
@@ -39,17 +36,31 @@ _BESIDE = {
 _FLOATS = ("F32", "BF16", "F16")
 
 
-def codec_of(config: Mapping[str, Any], *, where: object = "config.json") -> PackedWeights:
-    """The codec of a checkpoint in ModelOpt's or compressed-tensors' format.
+class _Codecs:
+    """The codecs of ModelOpt's and compressed-tensors' formats: a `bridge_core.codecs.Codecs`; see there."""
 
-    Args:
-        config: content of config.json, with a `quantization_config`.
-        where: what an error names as its place.
+    files = frozenset({HF_QUANT_CONFIG})
 
-    Raises:
-        FormatError: an algorithm or a scheme that no format here stores.
-    """
-    return PackedWeights(config, where=where)
+    def __call__(self, config: Mapping[str, Any], *, where: object = "config.json") -> PackedWeights:
+        """The codec of a checkpoint.
+
+        Args:
+            config: content of config.json, with a `quantization_config`.
+            where: what an error names as its place.
+
+        Raises:
+            FormatError: an algorithm or a scheme that no format here stores.
+        """
+        return PackedWeights(config, where=where)
+
+    def completed(
+        self, said: Mapping[str, Any] | None, beside: Mapping[str, Any], *, where: object
+    ) -> dict[str, Any] | None:
+        """`quantization_config`, with hf_quant_config.json beside; see `configs.reading.completed`."""
+        return completed(said, beside, where=where)
+
+
+codec_of = _Codecs()
 
 
 class PackedWeights:
@@ -58,7 +69,7 @@ class PackedWeights:
     A weight's values are computed in fp32 and rounded once.
     """
 
-    files = frozenset({HF_QUANT_CONFIG})
+    files = _Codecs.files
     names_weights = True
 
     def __init__(self, config: Mapping[str, Any], *, where: object) -> None:
@@ -76,11 +87,13 @@ class PackedWeights:
         return f"{self._claims.writer}: {', '.join(titles)}"
 
     def chosen(self, weights: Mapping[str, Shape]) -> frozenset[str]:
-        """Matrices whose layer config.json targets and does not exclude."""
+        """Matrices of linear layers that config.json targets and does not exclude."""
         return frozenset(
             name
             for name, shape in weights.items()
-            if len(shape) == 2 and name.endswith(".weight") and self._claimed(name.removesuffix(".weight"))
+            if len(shape) == 2
+            and name.endswith(".weight")
+            and self._claims.format_of(name.removesuffix(".weight")) is not None
         )
 
     def find(self, stored: Mapping[str, Header], *, where: object) -> Found:
@@ -108,7 +121,7 @@ class PackedWeights:
 
     def _shape_of(self, module: str, suffixes: set[str]) -> Shape:
         """The shape of a weight; everything that stores it is checked."""
-        format = self._claimed(module)
+        format = self._claims.format_of(module)
         if format is None:
             raise CheckpointError(
                 "a layer has scales, and config.json does not say how it is quantised",
@@ -186,21 +199,8 @@ class PackedWeights:
         rounded = values.to(torch_dtype(self.presented)).contiguous()
         return rounded.view(torch.uint8).numpy().view(numpy_dtype(self.presented))
 
-    def _claimed(self, module: str) -> Format | None:
-        """The format that config.json gives a layer; None for one that is not quantised."""
-        formats = self._claims.formats
-        if module in formats:
-            return formats[module]
-        names = (module, fused_name(module))
-        if any(_matches(name, entry) for name in names for entry in self._claims.excluded):
-            return None
-        for target, format in formats.items():
-            if target == LINEAR or _matches(module, target):
-                return format
-        return None
-
     def _format(self, module: str) -> Format:
-        format = self._claimed(module)
+        format = self._claims.format_of(module)
         assert format is not None
         return format
 
@@ -248,13 +248,6 @@ def _in_shape(box: Box, shape: Shape, actual: Shape) -> Box:
     long = iter([(start, size) for start, size, all_of in zip(*box, shape, strict=True) if all_of != 1])
     spans = [(0, 1) if size == 1 else next(long) for size in actual]
     return Box(tuple(start for start, _ in spans), tuple(size for _, size in spans))
-
-
-def _matches(name: str, entry: str) -> bool:
-    """Whether an entry of config.json is a layer: its name, a pattern as in a shell, or `re:` and an expression."""
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), name) is not None
-    return name == entry or fnmatchcase(name, entry)
 
 
 def _misfit(module: str, tensor: Stored, format: Format, got: Header, expected: str) -> CheckpointError:

@@ -106,6 +106,7 @@ def register_host_modules() -> None:
         registry.register({kind: f"bridge_{kind.__name__}"})(form)
 
     register(linears.HostLayerNormColumnParallelLinear, column)
+    register(linears.HostDuplicatedLinear, _QuantLinear)
     register(linears.HostColumnParallelGroupedLinear, QuantHostColumnGroupedLinear)
     register(linears.HostRowParallelGroupedLinear, QuantHostRowGroupedLinear)
     register(linears.HostDotProductAttention, QuantHostAttention)

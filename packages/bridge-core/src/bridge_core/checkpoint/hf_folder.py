@@ -10,7 +10,7 @@ from typing import Any
 
 from bridge_core.checkpoint.encoded import present
 from bridge_core.checkpoint.safetensors import Stored, read_header
-from bridge_core.codecs import Codec, codec_of
+from bridge_core.codecs import OPTION, Codec, codec_of, codecs_beside
 from bridge_core.errors import CheckpointError, UnsafeCheckpointError, preview
 from bridge_core.geometry import Shape
 
@@ -102,11 +102,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     """config.json of an HF folder, or the file itself.
 
+    What a file beside it says of how weights are quantised is in `quantization_config`, as newer folders have it.
     `quantized` takes that of any quantised checkpoint; else only those whose weights can be read are taken.
 
     Raises:
         CheckpointError: there is no such folder, or it has no readable config.json.
         ConfigError: the checkpoint is quantised in a way that is not known.
+        BridgeError: a file beside config.json contradicts it.
     """
     if not path.exists():
         raise CheckpointError(
@@ -116,9 +118,20 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
             got="nothing",
             fix="check the path; models are not downloaded",
         )
-    config = read_json(path / CONFIG if path.is_dir() else path)
+    file = path / CONFIG if path.is_dir() else path
+    config = _completed(read_json(file), file.parent)
     if not quantized:
         codec_of(config, where=path)
+    return config
+
+
+def _completed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """config.json with a `quantization_config` that a file beside it has, or confirms."""
+    # Packages that read codecs are not loaded for folders that have no such file.
+    names = {file.name for file in folder.glob("*quant*.json")}
+    for name, codecs in (codecs_beside(names) if names else {}).items():
+        said = codecs.completed(config.get(OPTION), read_json(folder / name), where=folder)
+        config = config if said is None else {**config, OPTION: said}
     return config
 
 

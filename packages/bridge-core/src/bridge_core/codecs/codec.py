@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from bridge_core.geometry import Box, Shape
 
@@ -70,4 +70,33 @@ class Codec(Protocol):
 
     def decode(self, weight: str, shape: Shape, box: Box, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """A region of a weight in the presented dtype, from the `regions` of its parts. Called from several threads."""
+        ...
+
+
+class Codecs(Protocol):
+    """What a package offers under an entry point: the codec of a checkpoint, from the content of its config.json.
+
+    Attributes:
+        files: names of files beside config.json that say how weights are quantised.
+    """
+
+    @property
+    def files(self) -> frozenset[str]: ...
+
+    def __call__(self, config: Mapping[str, Any], *, where: object) -> Codec:
+        """The codec of the checkpoint.
+
+        Raises:
+            BridgeError: its weights are quantised in a way that is not known.
+        """
+        ...
+
+    def completed(
+        self, said: Mapping[str, Any] | None, beside: Mapping[str, Any], *, where: object
+    ) -> Mapping[str, Any] | None:
+        """`quantization_config` as config.json has it, or would have, by what a file beside it says.
+
+        Raises:
+            BridgeError: they contradict each other.
+        """
         ...

@@ -9,10 +9,15 @@ from functools import cached_property
 from bridge_core.errors import ConfigError, preview
 from bridge_quant_export.formats.format import Format
 
-# Layers that serving engines run as one matrix product, and the name that they give it.
+# Layers that serving engines run as one matrix product, and the name that vLLM gives it (`packed_modules_mapping` of
+# its models; of DeepSeek's latent attention model_executor/models/deepseek_v2.py, where queries have a latent, too).
 _FUSED = (
     (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     (("gate_proj", "up_proj"), "gate_up_proj"),
+    (("w1", "w3"), "w13"),
+    (("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    (("in_proj_b", "in_proj_a"), "in_proj_ba"),
 )
 _FUSED_AS = {part: whole for parts, whole in _FUSED for part in parts}
 
@@ -67,9 +72,9 @@ class QuantizedLayers:
                 raise ConfigError(
                     "layers that serving engines run as one matrix have different formats",
                     where=f"{first} and {name}",
-                    expected="the same format for q, k and v, and for gate and up",
+                    expected="the same format for both",
                     got=f"{other.name if other else 'unquantised'} and {format.name if format else 'unquantised'}",
-                    fix="quantise them alike: in Megatron they are one weight",
+                    fix="quantise them alike, or neither",
                 )
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_json
+from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.geometry import Shape
-from bridge_quant_export.configs.layers import QuantizedLayers, fused_name
-from bridge_quant_export.configs.modelopt import HF_QUANT_CONFIG
-from bridge_quant_export.configs.reading import LINEAR, Claims, read_claims
+from bridge_quant_export.configs.layers import QuantizedLayers
+from bridge_quant_export.configs.reading import LINEAR, Claims, is_pattern, read_claims
 from bridge_quant_export.errors import FormatError
 from bridge_quant_export.formats.format import Format, TensorSpec, Writer
 from bridge_quant_export.formats.kv_cache import kv_tensor
@@ -67,7 +65,6 @@ def open_quantized(path: str | Path) -> QuantizedFolder:
     """
     folder = open_hf(path, quantized=True)
     config = folder.config.get("quantization_config")
-    beside = folder.path / HF_QUANT_CONFIG
     if config is None:
         raise ConfigError(
             "the checkpoint is not quantised",
@@ -75,8 +72,7 @@ def open_quantized(path: str | Path) -> QuantizedFolder:
             expected="quantization_config",
             fix="give the folder of a quantised checkpoint; bridge-core describes others",
         )
-    claims = read_claims(config, read_json(beside) if beside.exists() else None)
-    return _described(folder, claims)
+    return _described(folder, read_claims(config))
 
 
 def _described(folder: HfFolder, claims: Claims) -> QuantizedFolder:
@@ -92,11 +88,11 @@ def _described(folder: HfFolder, claims: Claims) -> QuantizedFolder:
             stored = folder.tensors.get(f"{module}.weight")
             if stored is not None and len(stored.shape) == 2:
                 unquantized.add(module)
-                if not _is_excluded(module, claims) and _claimed(module, claims):
+                if claims.format_of(module) is not None:
                     wrong.append(f"{module} has no scales, but the configuration says that it is quantised")
             continue
-        format = _claimed(module, claims)
-        if format is None or (_is_excluded(module, claims) and module not in claims.formats):
+        format = claims.format_of(module)
+        if format is None:
             wrong.append(f"{module} has scales, but the configuration says that it is not quantised")
             continue
         quantized[module] = format
@@ -106,7 +102,7 @@ def _described(folder: HfFolder, claims: Claims) -> QuantizedFolder:
     ]
     layers = QuantizedLayers(
         quantized=quantized,
-        unquantized=frozenset(unquantized | {e for e in claims.excluded if "*" not in e} - quantized.keys()),
+        unquantized=frozenset(unquantized | {e for e in claims.excluded if not is_pattern(e)} - quantized.keys()),
         fp8_kv_cache=bool(kv),
     )
     found = QuantizedFolder(folder, claims, layers, shapes, kv, ())
@@ -115,16 +111,9 @@ def _described(folder: HfFolder, claims: Claims) -> QuantizedFolder:
 
 
 def _absent(name: str, modules: Mapping[str, set[str]]) -> bool:
-    return name != LINEAR and "*" not in name and not name.startswith("re:") and name not in modules
-
-
-def _claimed(module: str, claims: Claims) -> Format | None:
-    return claims.formats.get(module) or claims.formats.get(LINEAR)
-
-
-def _is_excluded(module: str, claims: Claims) -> bool:
-    names = {module, fused_name(module)}
-    return any(name == entry or fnmatchcase(name, entry) for name in names for entry in claims.excluded)
+    if name == LINEAR or is_pattern(name) or name in modules:
+        return False
+    return not any(module.startswith(f"{name}.") for module in modules)
 
 
 def _check_tensors(found: QuantizedFolder, modules: Mapping[str, set[str]], shapes: dict[str, Shape]) -> list[str]:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from bridge_core.errors import ConfigError
 from bridge_core.patterns import fill
-from bridge_core.plan import Entry
+from bridge_core.plan import Entry, Shard
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_quant_export.errors import CalibrationError, FormatError
 from bridge_quant_export.formats import format_of
-from bridge_quant_export.formats.format import Axes, Calibration, Format, cols
+from bridge_quant_export.formats.format import COLS, ROWS, Axes, Calibration, Format, cols
 from bridge_quant_export.live.held import Held, Weight
+from bridge_quant_export.live.packed import regions, rows_of
 from bridge_quant_export.live.vectors import reduced
 from bridge_quant_export.manifest import Instance
 
@@ -223,11 +224,23 @@ def _known(live: LiveModel, held: Held) -> Iterator[_Known]:
                 )
             dims = frozenset(axis.dim for axis in along if axis.dim is not None)
             flat = value.detach().float().cpu().reshape(shape)
+            if field == "weight" and ROWS in dims:
+                flat = _without_padding(flat, shard, live, along[0].per)
             yield _Known(weight.instance, field, flat, live.plan.entry(shard.entry), dims, weight.shared)
     for instance, ranges in sorted(held.kv.items()):
         for which in sorted(ranges):
             flat = ranges[which].detach().float().cpu().reshape(-1)
             yield _Known(instance, which, flat, live.plan.entry(instance.entry), is_kv=True)
+
+
+def _without_padding(ranges: Tensor, shard: Shard, live: LiveModel, per: int) -> Tensor:
+    """Ranges of rows (`per` to one), with a 1 for rows that only pad the vocabulary: they are zero, and not written."""
+    if sum(piece.numel for piece in shard.pieces) == prod(shard.shape):
+        return ranges
+    used = torch.zeros(len(ranges), dtype=torch.bool)
+    for region in regions(shard.pieces, live.plan.hf_tensors):
+        used[rows_of(region, shard.shape[COLS]) // per] = True
+    return torch.where(used.view(-1, *(1,) * (ranges.dim() - 1)), ranges, 1.0)
 
 
 def _check_positive(found: _Known) -> None:

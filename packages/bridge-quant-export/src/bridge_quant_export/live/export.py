@@ -28,6 +28,7 @@ from bridge_quant_export.configs import compressed_tensors, modelopt
 from bridge_quant_export.formats.format import WRITERS, Writer
 from bridge_quant_export.live.agree import Ranges, agreed_formats, agreed_ranges, check_ranges
 from bridge_quant_export.live.files import PackedFiles
+from bridge_quant_export.live.fused import share_fused
 from bridge_quant_export.live.held import Held, read_held
 from bridge_quant_export.live.one_writer import OwnedFiles
 from bridge_quant_export.live.policy import Uncalibrated, check_policy, check_settled, settle
@@ -125,6 +126,7 @@ def export_quantized(
 
     live, held, like = jointly(workers, look)
     held = _calibrated(live, held, groups, group, workers, uncalibrated, ranges)
+    held = jointly(workers, lambda: share_fused(held, live.plan, format))
     formats, kv_layers = agreed_formats(held, workers)
     dtypes = agreed_dtypes(live, dtype, group)
 

@@ -40,6 +40,7 @@ from bridge_quant_export.formats.kv_cache import pack_kv
 from bridge_quant_export.formats.packing import pack
 from bridge_quant_export.live.agree import agreed_formats, agreed_ranges
 from bridge_quant_export.live.export import check_headers, configurations, write_beside
+from bridge_quant_export.live.fused import share_fused
 from bridge_quant_export.live.held import Held, Weight
 from bridge_quant_export.live.packed import Region, calibration_of, regions
 from bridge_quant_export.live.policy import Uncalibrated, check_policy, check_settled, settle
@@ -204,6 +205,7 @@ def _plan(
     live: Any = SimpleNamespace(plan=plan)
     known: Any = team
     held = agreed_ranges(live, Held(tuple(settled), held.kv), groups, known, "equal")
+    held = share_fused(held, plan, writer)
     formats, kv_layers = agreed_formats(held, known)
     stored = wired.hf_dtypes(None)
     dtypes = wired.hf_dtypes(dtype_of(dtype).name if dtype else None)

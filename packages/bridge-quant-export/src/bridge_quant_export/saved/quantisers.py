@@ -33,6 +33,8 @@ from bridge_quant_export.manifest import Instance, kv_projection, quantisable
 from bridge_quant_export.state import LayerState, read_kv_ranges, read_layer
 
 _OF_QUANTISER = re.compile(r"_quantizer\.|_quantizer_")
+_RANGE = re.compile(r"\.\w+_quantizer\.(\d+\.)*_amax")
+_EXPERT = re.compile(r"(?<=\.experts\.experts\.)\d+\.")
 # Of experts, bridge-core knows the halves.
 _GATE = re.compile(r"^(?!.*\.experts\.experts\.).*\.linear_fc1\.weight_w$")
 
@@ -109,6 +111,7 @@ class _Saved:
         self._dcp = dcp
         self._settings = cache(self._read_settings)
         self._tensor = cache(self._read_tensor)
+        self._ranged = {key[: found.start()] for key in dcp.tensors if (found := _RANGE.search(key))}
         self._states: dict[str, list[str]] = {}
         for key in dcp.objects:
             module, mark, shard = key.rpartition("._extra_state/shard_")
@@ -157,9 +160,18 @@ class _Saved:
         """The settings of a module's quantisers, by their names in it; empty if it has none."""
         wanted = _numbers(place.stack) + "_" + _numbers(place.extents) if place.stack else "0_1"
         shards = self._states.get(module, [])
-        if wanted in shards:
-            return self._settings(f"{module}._extra_state/shard_{wanted}")
-        return {} if not shards else self._settings(f"{module}._extra_state/shard_{min(shards)}")
+        settings: Mapping[str, Any] = {}
+        if shards:
+            settings = self._settings(f"{module}._extra_state/shard_{wanted if wanted in shards else min(shards)}")
+        if not settings and module in self._ranged:
+            raise CheckpointError(
+                "a layer has ranges, and the settings of its quantisers are missing",
+                where=module,
+                expected=f"an object {module}._extra_state with what ModelOpt saves",
+                got="none that says how the layer is quantised",
+                fix="save the checkpoint with ModelOpt's own functions; attention of Transformer Engine 1 lacks it",
+            )
+        return settings
 
     def _read_settings(self, key: str) -> Mapping[str, Any]:
         try:
@@ -198,8 +210,10 @@ class _Saved:
         return tensor[tuple(place.stack)] if stacked else tensor
 
     def _input(self, module: str, name: str, place: Place, numel: int) -> Tensor | None:
-        """A range or scale of inputs: the experts' own, or one for all."""
+        """A range or scale of inputs: the experts' own, or one for all, without an expert's number in its key."""
         key = f"{module}.{name}"
+        if key not in self._dcp.tensors:
+            key = f"{_EXPERT.sub('', module)}.{name}"
         if key in self._dcp.tensors and self._tensor(key).numel() == numel:
             return self._tensor(key).reshape(-1)
         return self._at(key, place)

@@ -330,13 +330,16 @@ class _HostGroupedLinear(_EmptyExtraState):
         experts = get_pg_size(self.groups.ep) * self.num_gemms
         split = {"weight": self.split_dim} | ({"bias": 0} if self.mode == "column" else {})
         names = ("weight", "bias") if self.use_bias else ("weight",)
+        # Of the module as a whole, again for every expert: what others have put there goes along, as with TE's.
+        extra_state = self.state_dict(prefix="", keep_vars=True).get("_extra_state")
         sharded: dict[str, Any] = {}
         for index in range(self.num_gemms):
             if metadata.get("singleton_local_shards", False):
                 key, offsets = f"{first + index}.{prefix}", sharded_offsets
             else:
                 key, offsets = prefix, (*sharded_offsets, (len(sharded_offsets), first + index, experts))
-            state = {name: self.get_parameter(f"{name}{index}") for name in names} | {"_extra_state": None}
+            state = {name: self.get_parameter(f"{name}{index}") for name in names}
+            state["_extra_state"] = extra_state
             entries = make_sharded_tensors_for_checkpoint(
                 state,
                 key,
