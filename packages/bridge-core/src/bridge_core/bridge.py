@@ -56,6 +56,7 @@ class AutoBridge:
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
         self.codec = codec_of(self.config)
+        self._live_plans: dict[bool, dict[Any, Plan]] = {False: {}, True: {}}  # by whether fp8 was asked for
         whole = self.family.to_megatron(self.config, ignore=ignore_options)
         folder = self._weights if self.family.unsaid_mtp or ignore else None
         check_ignored(self.family, whole, self.ignore, folder.tensors if folder else ())
@@ -243,7 +244,8 @@ class AutoBridge:
         Args:
             model: chunks of this rank, wrapped or not.
             cpu: give tensors in host memory.
-            options: those of `stream`, which to prefer for repeated passes.
+            options: those of `stream`. Plans are kept by the bridge: a second call makes none. A kept `stream` also
+                need not match the model and compare its dtypes again.
         """
         for name, tensor in self.stream(model, **options):
             yield name, tensor.cpu() if cpu else tensor
@@ -287,6 +289,7 @@ class AutoBridge:
             groups=groups,
             inventory=folder.shapes if folder else None,  # names are those of the bridge's own folder
             ignore=self.ignore,
+            known=self._live_plans[fp8],
             **codec_options(fp8, folder),
         )
 

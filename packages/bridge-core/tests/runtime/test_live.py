@@ -89,7 +89,7 @@ def check_steps(results, folder, logits, layout, *, ignore=()):
         assert result["loaded"].bytes_read == result["held"] - result["padding"]
         # Streamed: one order, twice, in as many collectives as there are buckets.
         assert result["order"] == result["again"] == [meta.name for meta in results[0]["metadata"]]
-        assert result["collectives"] == 2 * result["buckets"] + 1
+        assert result["collectives"] == 2 * result["buckets"] + 2
         assert result["parts"] <= set(result["order"])
         assert result["buckets"] <= total // 30_000 + 2
     compare_stream(results, folder, ignore)

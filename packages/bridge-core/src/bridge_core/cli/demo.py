@@ -60,9 +60,10 @@ def _run(folder: Path, console: Console) -> None:
 
     from bridge_core.testing.ranks import RankPool
 
-    where = "two GPUs (NCCL)" if torch.cuda.device_count() >= RANKS else "CPU (gloo)"
+    gpus = torch.cuda.device_count() >= RANKS
+    where = f"{RANKS} GPUs (NCCL)" if gpus else "CPU (gloo)"
     console.print(f"[bold]bridge-core demo[/]: {RANKS} ranks on {where}, TP={RANKS}\n")
-    with RankPool(RANKS) as pool:
+    with RankPool(RANKS, "nccl" if gpus else "gloo") as pool:
         for name in MODELS:
             _one_model(name, folder / name, pool, console)
 

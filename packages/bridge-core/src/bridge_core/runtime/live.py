@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
@@ -16,7 +16,7 @@ from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
-from bridge_core.plan.placement import OUTPUT
+from bridge_core.runtime.homes import Home, gather_late, stored, unwrap
 from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
@@ -57,42 +57,36 @@ class LiveModel:
         plan: the plan of the model's layout.
         rank: this rank's number in the layout.
         shards: what this rank holds, in the plan's order.
-        tensors: the parameter of each shard, by (chunk, parameter name of the plan).
+        homes: where the parameter of each shard is, by (chunk, parameter name of the plan).
         excepted: names of parameters that the caller has excepted from the match; no shard is theirs.
+        renew: makes the parameters current, for who is about to read them. Collective over data-parallel groups.
+        place: the device on which all ranks keep their parameters, once they have agreed on it (`agreed_device`).
     """
 
     plan: Plan
     rank: int
     shards: tuple[Shard, ...]
-    tensors: Mapping[tuple[int, str], Tensor]
+    homes: Mapping[tuple[int, str], Home]
     excepted: tuple[str, ...] = ()
+    renew: Callable[[], None] = lambda: None
+    place: Any = None
+
+    @property
+    def tensors(self) -> dict[tuple[int, str], Tensor]:
+        """The parameter of each shard as it is now, by (chunk, parameter name of the plan)."""
+        return {key: home.tensor for key, home in self.homes.items()}
 
     @property
     def device(self) -> Any:
         """Where the parameters are; where this process computes if it holds none."""
-        first = next(iter(self.tensors.values()), None)
-        return default_device() if first is None else first.device
+        if self.place is not None:
+            return self.place
+        first = next(iter(self.homes.values()), None)
+        return default_device() if first is None else first.tensor.device
 
     def tensor(self, shard: Shard) -> Tensor:
         """The live parameter of a shard."""
-        return self.tensors[shard.chunk, shard.param]
-
-
-def unwrap(model: Any) -> list[Any]:
-    """The bare model chunks of a model or list of them, without `DDP`, `Float16Module` and other wrappers."""
-    chunks = list(model) if isinstance(model, Sequence | list) or _is_module_list(model) else [model]
-    bare = []
-    for chunk in chunks:
-        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
-            chunk = chunk.module
-        bare.append(chunk)
-    return bare
-
-
-def _is_module_list(model: Any) -> bool:
-    import torch
-
-    return isinstance(model, torch.nn.ModuleList)
+        return self.homes[shard.chunk, shard.param].tensor
 
 
 def open_live(
@@ -106,6 +100,7 @@ def open_live(
     ignore: Sequence[str] = (),
     codec: Codec | None = None,
     quantised: Collection[str] | None = None,
+    known: dict[Any, Plan] | None = None,
 ) -> LiveModel:
     """Match a live model against the plan of its layout, before any byte is copied.
 
@@ -117,41 +112,46 @@ def open_live(
         groups: the model's process groups; by default those it was built with (`model.pg_collection`).
         excepted: patterns (as in a shell) of parameter names that need not match: a changed head.
         inventory, ignore, codec, quantised: as for a `Plan`.
+        known: plans made before of the same family and options, by layout; the plan is taken from there, or put there.
 
     Raises:
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
-            on either side. Parameters on the meta device have no memory to copy into, and are refused.
+            on either side. Parameters that are no plain memory (on the meta device, quantised or distributed
+            tensors, with gaps) cannot be copied into, and are refused.
         LayoutError: the groups do not form the grids of a layout.
     """
     chunks = unwrap(model)
     layout, rank = layout_of(chunks, chunks[0].pg_collection if groups is None else groups)
-    named = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in stored(chunk)}
+    named = {(number, name): home for number, chunk in enumerate(chunks) for name, home in stored(chunk)}
     left = {key for key in named if matches(key[1], excepted)}
-    named = {key: tensor for key, tensor in named.items() if key not in left}
+    named = {key: home for key, home in named.items() if key not in left}
     padded = padded_vocab(chunks[0], named, layout.tp, fields["vocab_size"])
-    plan = Plan(
-        family,
-        fields,
-        layout,
-        padded_vocab=padded,
-        inventory=inventory,
-        ignore=ignore,
-        codec=codec,
-        quantised=quantised,
-    )
+    plan = None if known is None else known.get((layout, padded))
+    if plan is None or plan.fields != fields:
+        plan = Plan(
+            family,
+            fields,
+            layout,
+            padded_vocab=padded,
+            inventory=inventory,
+            ignore=ignore,
+            codec=codec,
+            quantised=quantised,
+        )
+    if known is not None:
+        known[layout, padded] = plan
     live = matched(plan, rank, named, excepted)
-    return replace(live, excepted=tuple(name for _, name in sorted(left)))
+    excepted = tuple(name for _, name in sorted(left))
+    return replace(live, excepted=excepted, renew=partial(gather_late, model))
 
 
-def matched(
-    plan: Plan, rank: int, named: Mapping[tuple[int, str], Tensor], excepted: Collection[str] = ()
-) -> LiveModel:
+def matched(plan: Plan, rank: int, named: Mapping[tuple[int, str], Home], excepted: Collection[str] = ()) -> LiveModel:
     """The live tensors of a rank, each with its shard of a plan.
 
     Args:
         plan: of the layout that the tensors are in.
         rank: the number of this rank in it.
-        named: the rank's tensors by chunk, and by name in the chunk.
+        named: where the rank's tensors are, by chunk, and by name in the chunk.
         excepted: patterns (as in a shell) of parameter names of the plan that no tensor is needed for.
 
     Raises:
@@ -159,31 +159,15 @@ def matched(
     """
     shards = tuple(shard for shard in plan.local_shards(rank) if not matches(shard.param, excepted))
     wanted = {(shard.chunk, shard.param): shard for shard in shards}
-    tensors = {(number, _canonical(name, number, wanted)): tensor for (number, name), tensor in named.items()}
-    _check(wanted, tensors, rank)
-    return LiveModel(plan, rank, shards, tensors)
+    homes = {(number, _canonical(name, number, wanted)): home for (number, name), home in named.items()}
+    live = LiveModel(plan, rank, shards, homes)
+    _check(wanted, live.tensors, rank)
+    return live
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
     """Whether a name fits one of the patterns, which are those of a shell."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-# Persistent buffers that are weights (megatron-core 0.19, transformer/moe/router.py, `TopKRouter.__init__`).
-_WEIGHT_BUFFERS = (".router.expert_bias",)
-
-
-def stored(chunk: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a chunk, without those of adapters on it, and the buffers that are weights as well."""
-    # A tied output layer beside prediction layers: megatron-core 0.19 makes a weight for it that it never uses, as the
-    # embedding is there too (models/common/language_module/language_module.py, `shared_embedding_or_output_weight`).
-    unused = getattr(chunk, "mtp_process", False) and chunk.share_embeddings_and_output_weights
-    for name, parameter in chunk.named_parameters():
-        if not (is_adapter(name) or (unused and name == OUTPUT)):
-            yield name, parameter
-    for name, buffer in chunk.named_buffers():
-        if name.endswith(_WEIGHT_BUFFERS):
-            yield name, buffer
 
 
 def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:
@@ -282,7 +266,7 @@ def layout_of(chunks: Sequence[Any], groups: ProcessGroupCollection) -> tuple[Pa
     return layout, rank
 
 
-def padded_vocab(model: Any, named: Mapping[tuple[int, str], Tensor], tp: int, vocab_size: int) -> int | None:
+def padded_vocab(model: Any, named: Mapping[tuple[int, str], Home], tp: int, vocab_size: int) -> int | None:
     """Rows of the whole embedding: of this rank's part of it or of the output layer, or as the model was told.
 
     A rank that has neither has to know as well: it may write what those that have them hold. A table with fewer rows
@@ -290,14 +274,14 @@ def padded_vocab(model: Any, named: Mapping[tuple[int, str], Tensor], tp: int, v
 
     Args:
         model: a bare chunk. megatron-core's models keep the rows that they were built with (`vocab_size`).
-        named: the rank's tensors.
+        named: where the rank's tensors are.
         tp: tensor-parallel size.
         vocab_size: tokens.
     """
     rows = getattr(model, "vocab_size", None)
-    for (_, name), tensor in named.items():
+    for (_, name), home in named.items():
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            rows = tensor.shape[0] * tp
+            rows = home.tensor.shape[0] * tp
             break
     return rows if rows is not None and rows >= vocab_size else None
 
@@ -324,18 +308,33 @@ def _check(wanted: Mapping[tuple[int, str], Shard], tensors: Mapping[tuple[int, 
             fix="build the model from the same configuration (AutoBridge.to_megatron_provider)",
         )
     for key, shard in wanted.items():
-        if tensors[key].is_meta:
-            raise CoverageError(
-                "a parameter is on the meta device and has no memory",
-                where=f"rank {rank}: {shard.param}",
-                expected="a parameter on a CPU or GPU",
-                fix="materialise the model first, for example with model.to_empty(device=...)",
-            )
-        if tuple(tensors[key].shape) != tuple(shard.shape):
-            raise CoverageError(
-                "a parameter of the live model has another shape than the configuration says",
-                where=f"rank {rank}: {shard.param}",
-                expected=shard.shape,
-                got=tuple(tensors[key].shape),
-                fix="build the model from the same configuration, at the same parallel sizes",
-            )
+        _check_memory(tensors[key], shard, f"rank {rank}: {shard.param}")
+
+
+def _check_memory(tensor: Tensor, shard: Shard, where: str) -> None:
+    """Raise unless a tensor is plain memory of a shard's shape."""
+    import torch
+
+    if tensor.is_meta:
+        raise CoverageError(
+            "a parameter is on the meta device and has no memory",
+            where=where,
+            expected="a parameter on a CPU or GPU",
+            fix="materialise the model first, for example with model.to_empty(device=...)",
+        )
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_contiguous():
+        raise CoverageError(
+            "a parameter of the live model is no plain memory",
+            where=where,
+            expected="a contiguous torch.Tensor or Parameter",
+            got=f"a {type(tensor).__name__} of strides {tuple(tensor.stride())}",
+            fix="build the model without fp8 or 4-bit parameters (`fp8_param`), and not of distributed tensors",
+        )
+    if tuple(tensor.shape) != tuple(shard.shape):
+        raise CoverageError(
+            "a parameter of the live model has another shape than the configuration says",
+            where=where,
+            expected=shard.shape,
+            got=tuple(tensor.shape),
+            fix="build the model from the same configuration, at the same parallel sizes",
+        )

@@ -204,9 +204,21 @@ def _left(live: LiveModel, allowed: Collection[str], workers: TorchWorkers, grou
 
 
 def default_group() -> Any:
-    """torch's default process group; it is no state of Megatron's."""
+    """torch's default process group; it is no state of Megatron's.
+
+    Raises:
+        ConfigError: there is none.
+    """
     import torch.distributed as dist
 
+    if not dist.is_initialized():
+        raise ConfigError(
+            "there is no process group",
+            where="torch.distributed",
+            expected="a default group of all ranks of the model, also if that is one rank",
+            got="not initialised",
+            fix='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl") first ("gloo" without GPUs)',
+        )
     return dist.group.WORLD
 
 

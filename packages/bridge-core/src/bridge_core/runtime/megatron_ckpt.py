@@ -22,7 +22,8 @@ from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import LayoutError
 from bridge_core.families import Family, Fields
-from bridge_core.runtime.live import LiveModel, open_live, unwrap
+from bridge_core.runtime.homes import unwrap
+from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.megatron_state import (
     count_adapters,
@@ -140,6 +141,7 @@ def save_live(
         return opened()
 
     live = _checked(workers, check)
+    live.renew()
     dtype = _main_dtype(live)
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
 

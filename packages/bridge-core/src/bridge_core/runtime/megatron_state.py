@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.errors import CheckpointError
-from bridge_core.runtime.live import unwrap
+from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.workers import LostWorkerError
 
 if TYPE_CHECKING:

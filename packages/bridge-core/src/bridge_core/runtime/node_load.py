@@ -7,6 +7,7 @@ per bucket; every rank copies its own pieces out of the bucket.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles
@@ -16,6 +17,7 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece, View, row_major
 from bridge_core.plan import Shard
+from bridge_core.runtime.devices import agreed_device
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import cast, dtype_name, flat, from_numpy, staging, torch_dtype, window
 from bridge_core.runtime.workers import TorchWorkers
@@ -46,6 +48,7 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
     """
     import torch.distributed as dist
 
+    live = replace(live, place=agreed_device(live, node_group))
     mine: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in live.shards:
         for piece in shard.pieces:

@@ -17,13 +17,15 @@ from bridge_core.runtime.workers import LostWorkerError
 
 T = TypeVar("T")
 
-# What gloo and NCCL say when a peer has closed its connections, or gave no answer (torch 2.13, third_party/gloo,
-# gloo/transport/tcp/pair.cc and unbound_buffer.cc; torch.distributed.DistBackendError).
-_LOST = ("gloo/transport", "Connection closed by peer", "NCCL")
+# What gloo says when a peer has closed its connections, or gave no answer (torch 2.13, third_party/gloo,
+# gloo/transport/tcp/pair.cc and unbound_buffer.cc).
+_LOST = ("gloo/transport", "Connection closed by peer")
 
 
 class OwnWorld:
-    """All ranks of torch's default process group, in a second group of the same backends.
+    """All ranks of torch's default process group, in a second group, on gloo.
+
+    gloo serves tensors on a CPU and on a GPU, and says at once that a peer has closed its connections; NCCL does not.
 
     Entering is collective over the default group. Leave only when all ranks are known to be done: a rank that
     leaves closes its connections. Nothing else of the process may use the default group during a step.
@@ -32,7 +34,7 @@ class OwnWorld:
     def __enter__(self) -> OwnWorld:
         import torch.distributed as dist
 
-        self._group: Any = dist.new_group(list(range(dist.get_world_size())))
+        self._group: Any = dist.new_group(list(range(dist.get_world_size())), backend="gloo")
         return self
 
     def step(self, step: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Piece, View, row_major
+from bridge_core.runtime.devices import agreed_device
 from bridge_core.runtime.file_owners import Sent, WholeFiles
-from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
+from bridge_core.runtime.homes import unwrap
+from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.shared_files import GroupOf, SharedFiles, tensor_groups
 from bridge_core.runtime.workers import TorchWorkers
@@ -171,8 +173,10 @@ def save_live(
         return opened(like), like
 
     live, like = jointly(workers, check)
+    live = replace(live, place=agreed_device(live, group))
+    live.renew()
     dtypes = agreed_dtypes(live, dtype, group)
-    others = carried(live)
+    others = jointly(workers, lambda: carried(live))
 
     layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size, others))
     _check_agreed(layout, live.plan.padded_vocab if one_writer_per_file else None, group)

@@ -7,21 +7,25 @@ So a bucket is one collective, whatever the layout, and nobody needs to know whe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import BridgeError, CoverageError
+from bridge_core.errors import BridgeError, ConfigError, CoverageError, preview
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta
+from bridge_core.runtime.devices import agreed_device, words_device, words_group
 from bridge_core.runtime.fp8 import quantise
 from bridge_core.runtime.live import LiveModel, agreed_dtypes, replica_of
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, window
+from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +59,10 @@ class Stream:
     def __post_init__(self) -> None:
         self.group = self.group or default_group()
         self._told = False
-        self._device = self.live.device
-        self._metadata = self._wanted()
-        self._buckets = self._fill_buckets()
+        self._device: Any = None  # that of the pass
+        dtypes = agreed_dtypes(self.live, self.dtype, self.group)
+        jointly(TorchWorkers(self.group), lambda: self._lay_out(dtypes))
+        self._check_agreed()
         self._owned = self._owned_pieces()
 
     def metadata(self) -> list[TensorMeta]:
@@ -67,7 +72,11 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Fresh pass over (name, tensor). Collective: all ranks of the group iterate, to the end.
 
-        The tensors share a bucket's memory, which is not reused; they are on the parameters' device.
+        The tensors share a bucket's memory, which is not reused; they are on the parameters' device, and have the
+        values that the parameters have when their bucket is filled.
+
+        An iterator that is kept in a variable speaks of a loop that was left when it is closed: use
+        `contextlib.closing` where the rest of the program catches what a loop's body raises.
 
         Raises:
             BridgeError: on every rank, if one of them failed or left the loop early.
@@ -78,6 +87,9 @@ class Stream:
         self._told = False
         left = True
         try:
+            self._device = agreed_device(self.live, self.group)
+            self.collectives += 1
+            self.live.renew()
             for bucket in self._buckets:
                 for name, tensor in self._gathered(bucket):
                     yield from self._as_stored(name, tensor)
@@ -96,8 +108,26 @@ class Stream:
         yield name, codes
         yield codec.scale_name(name), scales
 
-    def _wanted(self) -> list[TensorMeta]:
-        dtypes = agreed_dtypes(self.live, self.dtype, self.group)
+    def _lay_out(self, dtypes: Mapping[str, str]) -> None:
+        self._metadata = self._wanted(dtypes)
+        self._buckets = self._fill_buckets()
+
+    def _check_agreed(self) -> None:
+        """Raise on all ranks unless they are about to reduce the same buckets. Collective."""
+        import torch.distributed as dist
+
+        said: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(said, hashlib.sha256(repr(self._buckets).encode()).hexdigest(), group=self.group)
+        if others := [rank for rank, digest in enumerate(said) if digest != said[0]]:
+            raise ConfigError(
+                "ranks are about to stream different tensors, or in different buckets",
+                where="stream",
+                expected="the same names, dtype, bucket_bytes and HF folder on every rank",
+                got=f"rank 0 and ranks {preview(others)} differ",
+                fix="call it with the same arguments everywhere; check that all ranks see the bridge's folder",
+            )
+
+    def _wanted(self, dtypes: Mapping[str, str]) -> list[TensorMeta]:
         plan = self.live.plan
         everything = [_in_dtype(meta, dtypes[meta.name]) for meta in plan.plain_metadata()]
         chosen = {m.group for m in everything if any(fnmatchcase(m.name, pattern) for pattern in self.names)}
@@ -163,8 +193,9 @@ class Stream:
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor([self.group.rank() + 1 if failed else 0], device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        words = words_group(self.group)
+        flag = torch.tensor([self.group.rank() + 1 if failed else 0], device=words_device(words))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=words)
         self.collectives += 1
         self._told = bool(flag.item())
         if cause is not None:

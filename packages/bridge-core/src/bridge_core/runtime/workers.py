@@ -1,4 +1,4 @@
-"""Processes that share an offline conversion, over a gloo process group: `Workers` of `checkpoint.convert`."""
+"""Processes that agree on what they do, over a process group: `Workers` of `checkpoint`, offline and on live ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import BridgeError
 from bridge_core.extras import require
+from bridge_core.runtime.devices import words_device, words_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +56,11 @@ class TorchWorkers:
     They have to see the same files, and to be called with the same arguments.
 
     Args:
-        group: their group; gloo, or another backend that has an all-to-all.
+        group: their group; gloo, or another backend that has an all-to-all (see `words_group`).
     """
 
     def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
+        self._group = words_group(group)
         self._told = False
         self.rank = group.rank()
         self.size = group.size()
@@ -142,8 +143,7 @@ class TorchWorkers:
         its neighbours alone, and everybody else waits for those.
         """
         dist, torch = require("torch.distributed", extra="torch"), require("torch", extra="torch")
-        # The devices that the group's backends serve, such as "cpu:gloo,cuda:nccl".
-        device = "cpu" if "cpu" in dist.get_backend_config(self._group) else "cuda"
+        device = words_device(self._group)
         given = message.to(device).repeat(self.size)
         received = torch.empty(sum(sizes), dtype=message.dtype, device=device)
         dist.all_to_all_single(received, given, sizes, [message.numel()] * self.size, group=self._group)

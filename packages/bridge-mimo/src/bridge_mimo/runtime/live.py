@@ -10,7 +10,8 @@ from bridge_core.codecs import Codec
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.geometry import Shape
 from bridge_core.plan import Shard
-from bridge_core.runtime.live import LiveModel, matched, matches, padded_vocab, stored, unwrap
+from bridge_core.runtime.homes import gather_late, stored, unwrap
+from bridge_core.runtime.live import LiveModel, matched, matches, padded_vocab
 from bridge_core.runtime.shared_files import GroupOf
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE
@@ -70,7 +71,8 @@ def open_mimo(
         quantised=quantised,
     )
     live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
-    return replace(live, excepted=tuple(name for _, name in sorted(left)))
+    excepted = tuple(name for _, name in sorted(left))
+    return replace(live, excepted=excepted, renew=lambda: gather_late([_wrapped(model, name) for name in groups.mine]))
 
 
 def _padded_vocab(model: Any, parts: Mapping[str, tuple[str, Module]], groups: MimoGroups, tokens: int) -> int | None:
@@ -91,7 +93,7 @@ def modules_of(model: Any, groups: MimoGroups) -> dict[str, tuple[str, Module]]:
     found: dict[str, tuple[str, Module]] = {}
     for name in groups.mine:
         path = LANGUAGE_MODULE if name == LANGUAGE else f"modality_submodules.{name}"
-        module = model.language_model if name == LANGUAGE else dict(model.modality_submodules.items()).get(name)
+        module = _wrapped(model, name)
         if module is None:
             raise CoverageError(
                 "the live model does not have a component that its groups say",
@@ -102,6 +104,11 @@ def modules_of(model: Any, groups: MimoGroups) -> dict[str, tuple[str, Module]]:
             )
         found[name] = (f"{path}.", unwrap(module)[0])
     return found
+
+
+def _wrapped(model: Any, name: str) -> Any:
+    """A component as the model has it, or None."""
+    return model.language_model if name == LANGUAGE else dict(model.modality_submodules.items()).get(name)
 
 
 def groups_of(model: Any, groups: MimoGroups | None = None) -> MimoGroups:
@@ -150,5 +157,6 @@ def component_models(live: LiveModel) -> list[tuple[int, LiveModel]]:
         part = plan.components[name]
         shards = [shard for shard in live.shards if plan.component_by_entry[shard.entry] == name]
         owned = tuple(part.own(shard) for shard in shards)
-        found.append((part.layout.ranks.start, LiveModel(part.plan, part.local_rank(live.rank), owned, live.tensors)))
+        own = replace(live, plan=part.plan, rank=part.local_rank(live.rank), shards=owned)
+        found.append((part.layout.ranks.start, own))
     return found

@@ -21,12 +21,12 @@ from bridge_core.checkpoint.files import OpenFiles, create_file, write_all
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Piece, runs
+from bridge_core.runtime.devices import words_device
 from bridge_core.runtime.file_owners import Sent, owners_of
 from bridge_core.runtime.live import LiveModel
 from bridge_quant_export.formats.format import Writer
 from bridge_quant_export.live.files import PackedFiles
 from bridge_quant_export.live.held import Held
-from bridge_quant_export.live.vectors import device_of
 
 _FIELDS = 3
 """Of a run in a message: number of the file, offset in it, length; int64 each."""
@@ -103,7 +103,7 @@ class OwnedFiles(PackedFiles):
     def _deliver(self, folder: Path, files: OpenFiles) -> tuple[int, int]:
         """Send everything to its owners, and write what comes; rounds, and bytes written. Collective."""
         size, rounds, written = self._group.size(), 0, 0
-        device = device_of(self._group)
+        device = words_device(self._group)
         at = [0] * size  # of each owner's runs, the next
         left = [0] * size  # of that run, the bytes that have gone
         while True:

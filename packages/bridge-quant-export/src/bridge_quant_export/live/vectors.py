@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def device_of(group: Any) -> torch.device:
-    """A device that a group's backends serve, such as "cpu:gloo,cuda:nccl"."""
-    return torch.device("cpu" if "cpu" in dist.get_backend_config(group) else "cuda")
+from bridge_core.runtime.devices import words_device
 
 
 def reduced(vector: Tensor, group: Any) -> Tensor:
     """The largest of every element over a group, on the CPU. Collective."""
     if group.size() == 1 or vector.numel() == 0:
         return vector.cpu()
-    found = vector.to(device_of(group), copy=True)
+    found = vector.to(words_device(group), copy=True)
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return found.cpu()
 
@@ -27,6 +23,6 @@ def summed(vector: Tensor, group: Any) -> Tensor:
     """The sum of every element over a group, on the CPU. Collective."""
     if group.size() == 1 or vector.numel() == 0:
         return vector.cpu()
-    found = vector.to(device_of(group), copy=True)
+    found = vector.to(words_device(group), copy=True)
     dist.all_reduce(found, group=group)
     return found.cpu()
