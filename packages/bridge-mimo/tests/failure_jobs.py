@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from live_mimo_jobs import Layouts, bridge_of, build
 
 EACH = {"language": {}, "images": {}}
@@ -64,6 +66,23 @@ def refuse_to_build(path: str, layouts: Layouts, *, colocated: bool = False) -> 
     try:
         with host_backend():
             build(bridge_of(path, layouts, colocated=colocated))
+    except BridgeError as error:
+        return str(error)
+    return "no error"
+
+
+def build_recomputing(config: dict[str, Any]) -> str:
+    """Build a model whose language model recomputes whole layers; the error's text."""
+    from bridge_core import BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_mimo import MegatronMIMOBridge
+
+    provider = MegatronMIMOBridge.from_hf_config(config).to_megatron_mimo_provider(spec="host")
+    whole = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    provider.language.apply_overrides(whole)
+    try:
+        with host_backend():
+            provider.provide()
     except BridgeError as error:
         return str(error)
     return "no error"

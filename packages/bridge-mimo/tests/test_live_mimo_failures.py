@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
-pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("megatron.core.models.mimo.comm", reason="live components need megatron-core 0.17")
 pytest.importorskip("transformers", reason="the models are transformers'")
 
 from failure_jobs import (  # noqa: E402
+    build_recomputing,
     fail_on_one_rank,
     refuse_a_spoiled_model,
     refuse_other_ranks,
@@ -59,6 +60,15 @@ def test_layouts_that_a_model_cannot_be_in(rank_pool, folder, kind):
     together = kind.startswith("colocated")
     for text in rank_pool.run(refuse_to_build, str(folder), layouts, colocated=together, ranks=range(ranks)):
         assert all(part in text for part in words), text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("qwen3_5", "no error"), ("qwen3_vl", "fed by deepstack cannot recompute whole layers")]
+)
+def test_whole_layers_are_recomputed_where_nothing_is_added_to_them(rank_pool, name, said):
+    config = make_model(name).config.to_dict()
+    for text in rank_pool.run(build_recomputing, config, ranks=range(2)):
+        assert said in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 pytest.importorskip("torch", reason="real ranks need torch")
-pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("megatron.core.models.mimo.comm", reason="live components need megatron-core 0.17")
 pytest.importorskip("transformers", reason="configurations are transformers'")
 
 from memory_jobs import peaks_of_exports
@@ -19,16 +19,16 @@ BUCKET = 2 * MATRIX
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_depth_costs_no_memory(rank_pool, tmp_path):
+    assert 6 * BUCKET < 16 * 3 * MATRIX / 3
     results = rank_pool.run(peaks_of_exports, config(), str(tmp_path), [8, 24], BUCKET, ranks=range(2))
     for rank, (shallow, deep) in enumerate(results):
         if rank == 0:
-            assert deep["held"] > 10 * 3 * MATRIX
+            assert deep["held"] - shallow["held"] > 16 * 3 * MATRIX
         # In place: at most a tensor that is put together before it is written.
         assert deep["save"] < 2 * MATRIX, results
-        # A bucket that is being filled beside the one that the consumer still holds, and the sum's own buffers.
-        assert deep["stream"] < 4 * BUCKET, results
-        for step in ("save", "stream"):
-            assert deep[step] - shallow[step] < MATRIX, (rank, step, results)
+        assert deep["save"] - shallow["save"] < MATRIX, results
+        # The bucket that the consumer still holds, the next one, and the sum's own buffers: a sixth of the model.
+        assert deep["stream"] < 6 * BUCKET, results
 
 
 def config():

@@ -112,8 +112,10 @@ def test_hf_towers_are_asked_for(tmp_path, capsys):
     from bridge_core.testing.hf_models import make_model
 
     hf = str(save_published(make_model("qwen3_vl"), tmp_path / "hf"))
-    assert main(["plan", hf, "--component", "language", "images=tp=2", "--hf-tower", "images", "--rank", "2"]) == 0
-    assert "modality_submodules.images.encoders.qwen_visual.hf.blocks.2.attn.qkv.weight" in capsys.readouterr().out
+    given = ["--component", "language", "images=tp=2", "--hf-tower", "images", "--rank", "2", "--json"]
+    assert main(["plan", hf, *given]) == 0
+    held = {shard["param"] for shard in json.loads(capsys.readouterr().out)["shards"]}
+    assert "modality_submodules.images.encoders.qwen_visual.hf.blocks.2.attn.qkv.weight" in held
     assert main(["import", hf, str(tmp_path / "m"), "--hf-tower", "images"]) == 0
     keys = read_dcp(tmp_path / "m" / "iter_0000000").tensors
     assert "modality_submodules.images.encoders.qwen_visual.hf.blocks.2.attn.qkv.weight" in keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from inventory import PUBLISHED, inventory, is_mtp
 from simulation import CONFIGS, distinct, layouts, load_rank, make_plan, save_rank
 
-from bridge_core import ParallelLayout
+from bridge_core import AutoBridge, ParallelLayout
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_mimo import ComponentLayout as C
 from bridge_mimo import MegatronMIMOBridge
@@ -226,6 +227,23 @@ def test_an_inventory_without_the_prediction_layers_or_with_a_stranger():
         plan.audit(held | {"model.audio.weight": (1,)})
     with pytest.raises(CoverageError, match=r"missing 1: model\.visual\.patch_embed\.proj\.bias"):
         plan.audit({n: s for n, s in held.items() if n != "model.visual.patch_embed.proj.bias"})
+
+
+def test_verbs_are_those_of_core_with_its_arguments():
+    """What is called on an `AutoBridge` can be called on this one: more may be said, nothing else has to be."""
+    verbs = [name for name in vars(AutoBridge) if not name.startswith("_") and callable(getattr(AutoBridge, name))]
+    assert {"from_hf_pretrained", "load_hf_weights", "export_hf_weights", "import_ckpt", "plan"} <= {*verbs}
+    for verb in verbs:
+        theirs, ours = (signature(getattr(kind, verb)).parameters for kind in (AutoBridge, MegatronMIMOBridge))
+        positional = [n for n, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional, verb
+        assert theirs.keys() <= ours.keys(), verb
+        for name, parameter in ours.items():
+            if name in theirs:
+                assert (parameter.kind, parameter.default) == (theirs[name].kind, theirs[name].default), (verb, name)
+            else:
+                assert parameter.kind is parameter.KEYWORD_ONLY, (verb, name)
+                assert parameter.default is not parameter.empty, (verb, name)
 
 
 def test_bridges_say_what_they_are_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,9 @@ from bridge_core.families import register_family  # noqa: E402
 from bridge_core.runtime.tensors import window  # noqa: E402
 from bridge_core.testing.hf_models import make_model  # noqa: E402
 
+live = pytest.mark.skipif(
+    find_spec("megatron.core.models.mimo.comm") is None, reason="live components need megatron-core 0.17"
+)
 GRIDS = torch.tensor([[1, 4, 2], [1, 2, 6]])
 IMAGE_TOKEN = 3
 
@@ -37,6 +41,7 @@ def shares(bridge, tensors, tp, wanted=""):
     return [{s.name: one(s) for s in plan.local_shards(rank) if s.name.startswith(wanted)} for rank in range(tp)]
 
 
+@live
 @pytest.mark.parametrize("tp", [1, 2])
 def test_deepstack_reaches_the_language_model(rank_pool, tp):
     """Logits of text with images; with tp=2 also cut along the sequence."""
@@ -72,6 +77,7 @@ def test_deepstack_reaches_the_language_model(rank_pool, tp):
         torch.testing.assert_close(result[2], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
+@live
 def test_clip_and_a_projector(rank_pool):
     register_family(llava_family.FAMILY)
     model = llava_family.tiny_model()
@@ -211,6 +217,21 @@ def test_hf_tower_has_no_stages(fields):
     spec = replicated_tower_spec({}, {"pipeline_model_parallel_size": 2}, groups=_groups(pp=2))
     with pytest.raises(LayoutError, match="pp=2"):
         build_module(spec)
+
+
+def test_an_older_megatron_is_named(monkeypatch):
+    """Before 0.17 nothing is built on live ranks; what needs no model works (test_mimo_plan, test_mimo_checkpoint)."""
+    from bridge_mimo import MegatronMIMOBridge
+    from bridge_mimo.runtime import groups
+
+    if groups._takes_grids():
+        monkeypatch.setattr(groups, "_takes_grids", lambda: False)
+    config = make_model("qwen3_vl").config.to_dict() | {"architectures": ["Qwen3VLForConditionalGeneration"]}
+    for colocated in (False, True):
+        bridge = MegatronMIMOBridge.from_hf_config(config, colocated=colocated)
+        bridge.plan().audit()
+        with pytest.raises(ConfigError, match=r"megatron-core 0\.17 or newer"):
+            bridge.to_megatron_model(spec="host")
 
 
 def test_a_model_without_a_tower():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     # Planning alone does without the machinery that moves bytes.
     from torch import Tensor
 
-    from bridge_core.checkpoint.convert import Options, Report
+    from bridge_core.checkpoint.convert import Report
     from bridge_core.runtime.describe import LocalShard, M2NEntry, WeightSource
     from bridge_core.runtime.live import LiveModel
     from bridge_core.runtime.load import LoadReport
@@ -154,7 +154,7 @@ class AutoBridge:
         """
         from bridge_core.checkpoint import convert
 
-        run, rest = _split(options)
+        run, rest = convert.Options.of(options)
         return convert.import_ckpt(hf_path, megatron_path, options=run, **rest)
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Report:
@@ -164,7 +164,7 @@ class AutoBridge:
         """
         from bridge_core.checkpoint import convert
 
-        run, rest = _split(options)
+        run, rest = convert.Options.of(options)
         source = self.path if self._weights else None
         given: dict[str, Any] = {"source": source, "ignore": self.ignore}
         if source is None:
@@ -304,12 +304,3 @@ class AutoBridge:
 
     def __repr__(self) -> str:
         return f"AutoBridge({self.family.name}, {self.path or 'configuration only'})"
-
-
-def _split(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """The options of the run, and those of the one direction."""
-    from bridge_core.checkpoint.convert import Options
-
-    names = Options.__dataclass_fields__
-    run = {name: value for name, value in options.items() if name in names}
-    return Options(**run), {name: value for name, value in options.items() if name not in names}

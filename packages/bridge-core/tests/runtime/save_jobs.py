@@ -69,6 +69,27 @@ def save_both_ways(path: str, layout: dict[str, Any], out: str, bucket_bytes: in
     return found
 
 
+def disagree(path: str, layout: dict[str, Any], out: str, rank: int) -> str:
+    """One rank takes the vocabulary to be padded otherwise than the embedding is; what this rank is told."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, _, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
+        bridge.load_hf_weights(chunks)
+        if dist.get_rank() == rank:
+            chunks[0].vocab_size += 16
+        try:
+            bridge.save_hf_pretrained(chunks, out, one_writer_per_file=True)
+        except BridgeError as error:
+            return str(error)
+    return "no error"
+
+
 def fail(path: str, layout: dict[str, Any], out: str, step: str, rank: int, *, killed: bool) -> str:
     """One rank fails, or is killed, while files are written by their owners; what this rank is told."""
     import signal

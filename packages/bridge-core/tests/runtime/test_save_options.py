@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from runtime.save_jobs import fail, save_both_ways
+from runtime.save_jobs import disagree, fail, save_both_ways
 
 from bridge_core import ParallelLayout
 from bridge_core.geometry import slabs
@@ -61,6 +61,15 @@ def test_an_owner_may_have_neither_embedding_nor_output_layer(eight_device_ranks
     assert [bool(result["owned"][1]) for result in results] == [rank == 4 for rank in range(8)]
     name = "model.safetensors"
     assert (tmp_path / "owned" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_ranks_have_to_agree_on_how_the_vocabulary_is_padded(rank_pool, folders, tmp_path):
+    """Stage 2 of 4 has neither table, and was told another number of rows; files of one writer depend on it."""
+    out = tmp_path / "out"
+    for text in rank_pool.run(disagree, str(folders("qwen3")), {"pp": 4}, str(out), 2, ranks=range(4)):
+        assert "padded differently" in text
+        assert "rank 1: 144, rank 2: 160" in text
+    assert not out.exists()
 
 
 def check_opened(results, weights) -> None:

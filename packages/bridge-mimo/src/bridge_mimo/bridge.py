@@ -178,9 +178,10 @@ class MegatronMIMOBridge(AutoBridge):
         Keyword options are those of `AutoBridge.import_ckpt`, `ignore`, `parallelism`, `world_size`, `colocated`
         and `hf_towers`.
         """
+        from bridge_core.checkpoint.convert import Options
         from bridge_mimo.checkpoint.convert import import_ckpt
 
-        run, rest = _split(options)
+        run, rest = Options.of(options)
         return import_ckpt(hf_path, megatron_path, options=run, **rest)
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Report:
@@ -294,12 +295,3 @@ class MegatronMIMOBridge(AutoBridge):
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {layout}" for name, layout in self.layouts.items())
         return f"MegatronMIMOBridge({self.family.name}, {self.path or 'configuration only'}, {parts})"
-
-
-def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The options of the run, and those of the one direction."""
-    from bridge_core.checkpoint.convert import Options
-
-    names = Options.__dataclass_fields__
-    run = {name: value for name, value in options.items() if name in names}
-    return Options(**run), {name: value for name, value in options.items() if name not in names}

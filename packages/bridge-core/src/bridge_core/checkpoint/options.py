@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.checkpoint.transfer import Moved, Progress
@@ -56,6 +58,13 @@ class Options:
     workers: Workers = field(default_factory=Alone)
     threads: int = 2
     progress: Progress | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+        """The options of the run among those given, and the rest, which are of one direction."""
+        names = cls.__dataclass_fields__
+        run = {name: value for name, value in given.items() if name in names}
+        return cls(**run), {name: value for name, value in given.items() if name not in names}
 
     def __post_init__(self) -> None:
         if self.threads < 1:

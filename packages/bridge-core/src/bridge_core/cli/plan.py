@@ -121,10 +121,10 @@ def _all_ranks(plan: plans.Plan, *, fold: bool) -> str:
     rows = []
     for costs in groups.values():
         first = costs[0]
-        coords = [f"{axis}={_ranges(getattr(cost.coords, axis) for cost in costs)}" for axis in shown]
+        coords = [f"{axis}={rank_ranges(getattr(cost.coords, axis) for cost in costs)}" for axis in shown]
         parts = [f"{part} {in_bytes(nbytes)}" for part, nbytes in first.parts.items() if nbytes]
         rows.append([
-            _ranges(cost.rank for cost in costs), " ".join(coords), _ranges(first.layers),
+            rank_ranges(cost.rank for cost in costs), " ".join(coords), rank_ranges(first.layers),
             first.tensors, in_bytes(first.nbytes), ", ".join(parts),
         ])  # fmt: skip
     head = ["ranks" if fold else "rank", "coordinates", "layers", "tensors", "bytes", "what"]
@@ -132,13 +132,22 @@ def _all_ranks(plan: plans.Plan, *, fold: bool) -> str:
     return text + ("\n\nNumbers are per rank." if fold and len(rows) < plan.layout.world_size else "")
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def rank_ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, `0-3, 8`; `none` if there are none."""
     from bridge_core.checkpoint.inspect import ranges
 
     return ranges(numbers) or "none"
 
 
 def _one_rank(plan: plans.Plan, rank: int) -> str:
+    cost = plan.cost(rank)
+    coords = " ".join(f"{axis}={getattr(cost.coords, axis)}" for axis in _AXES)
+    layers, nbytes = rank_ranges(cost.layers), in_bytes(cost.nbytes)
+    head = facts([("rank", rank), ("at", coords), ("layers", layers), ("bytes", nbytes)])
+    return f"{head}\n\n{rank_table(plan, rank)}"
+
+
+def rank_table(plan: plans.Plan, rank: int) -> str:
     """The parameters of a rank and the HF tensors that they are made of; what differs in numbers only is one line."""
     from bridge_core.checkpoint.inspect import common_name, template
 
@@ -152,10 +161,7 @@ def _one_rank(plan: plans.Plan, rank: int) -> str:
             sources.setdefault(template(name), []).append(name)
         origin = ", ".join(common_name(names) for names in sources.values())
         rows.append([common_name([shard.param for shard in shards]), len(shards), list(shape), origin])
-    cost = plan.cost(rank)
-    coords = " ".join(f"{axis}={getattr(cost.coords, axis)}" for axis in _AXES)
-    head = facts([("rank", rank), ("at", coords), ("layers", _ranges(cost.layers)), ("bytes", in_bytes(cost.nbytes))])
-    return f"{head}\n\n{table(['parameter', 'tensors', 'shape', 'made of'], rows, right=('tensors',))}"
+    return table(["parameter", "tensors", "shape", "made of"], rows, right=("tensors",))
 
 
 def _tensors(plan: plans.Plan, *, as_json: bool) -> str:

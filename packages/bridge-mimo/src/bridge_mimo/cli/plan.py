@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from bridge_core.cli.convert import Ignore, IgnoreOption
+from bridge_core.cli.plan import rank_ranges, rank_table
 from bridge_core.cli.tables import facts, in_bytes, in_count, table
 from bridge_mimo.cli.layouts import Colocated, Component, HfTower, WorldSize, read_components
 
@@ -95,21 +95,13 @@ def _costs(plan: MimoPlan) -> str:
     for (name, *_), held in sorted(groups.items(), key=lambda item: order.index(item[0][0])):  # type: ignore[index]
         cost = held[0][1]
         parts = [f"{part} {in_bytes(nbytes)}" for part, nbytes in cost.parts.items() if nbytes]
-        ranks = _ranges(rank for rank, _ in held)
-        rows.append([name, ranks, _ranges(cost.layers), cost.tensors, in_bytes(cost.nbytes), ", ".join(parts)])
+        ranks = rank_ranges(rank for rank, _ in held)
+        rows.append([name, ranks, rank_ranges(cost.layers), cost.tensors, in_bytes(cost.nbytes), ", ".join(parts)])
     head = ["component", "ranks", "layers", "tensors", "bytes", "what"]
     return table(head, rows, right=("tensors", "bytes")) + "\n\nNumbers are per rank."
 
 
 def _one_rank(plan: MimoPlan, rank: int) -> str:
-    rows = [
-        [shard.param, "x".join(map(str, shard.shape)), ", ".join(dict.fromkeys(p.source.tensor for p in shard.pieces))]
-        for shard in plan.iter_local_shards(rank)
-    ]
-    return table(["parameter", "shape", "from"], rows)
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    from bridge_core.checkpoint.inspect import ranges
-
-    return ranges(numbers) or "none"
+    costs = plan.component_costs(rank)
+    held = [(name, f"layers {rank_ranges(cost.layers)}, {in_bytes(cost.nbytes)}") for name, cost in costs.items()]
+    return f"{facts([('rank', rank), *held])}\n\n{rank_table(plan, rank)}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bridge_core.errors import LayoutError
+from bridge_core.errors import ConfigError, LayoutError
 from bridge_core.runtime.groups import pg_collection
 from bridge_mimo.layout import ComponentLayout, Layouts
 
@@ -57,8 +57,10 @@ def make_groups(layouts: Layouts, *, timeout_s: float = 600.0) -> MimoGroups:
         timeout_s: how long a collective in these groups may wait for its peers.
 
     Raises:
+        ConfigError: the installed megatron-core is too old (`check_installed`).
         LayoutError: the layouts are for another number of ranks than the default group has.
     """
+    check_installed()
     import torch.distributed as dist
 
     world, needed = dist.get_world_size(), max(layout.ranks.stop for layout in layouts.values())
@@ -96,13 +98,36 @@ def _grid(layout: ComponentLayout) -> HyperCommGrid:
     return grid
 
 
+def check_installed() -> None:
+    """Raise unless the installed megatron-core has a `MimoModel` whose components have groups of their own.
+
+    Raises:
+        ConfigError: it is older than 0.17. Its `MimoModel` knows neither groups nor stages, and gives the language
+            model no positions (0.16.1, models/mimo/model/base.py, `MimoModel.forward`): those of images would be
+            wrong in silence, also where all components are on the same ranks.
+    """
+    if not _takes_grids():
+        raise ConfigError(
+            "the installed megatron-core cannot build components with groups and positions of their own",
+            where="MimoModel",
+            expected="megatron-core 0.17 or newer, which needs Python 3.12",
+            got="a MimoModelConfig without module_to_grid_map",
+            fix="install a newer megatron-core; plans, and bridge-mimo import, export and verify, do without it",
+        )
+
+
+def _takes_grids() -> bool:
+    from megatron.core.models.mimo.config import MimoModelConfig
+
+    return "module_to_grid_map" in MimoModelConfig.__dataclass_fields__
+
+
 def check_live(groups: MimoGroups) -> None:
-    """Raise unless the installed megatron-core can build these components.
+    """Raise unless `MimoModel` can be built in these layouts.
 
     Raises:
         LayoutError: a component has several chunks per rank: `MimoModel` takes every chunk of a first stage for the
-            first (0.19.2, models/mimo/config/role.py, `RankRole`). Or megatron-core is older than 0.17, and the
-            components are not all on the same ranks in the same layout.
+            first (0.19.2, models/mimo/config/role.py, `RankRole`).
     """
     layouts = {name: layout.parallel for name, layout in groups.layouts.items()}
     if chunked := {name: own.vpp for name, own in layouts.items() if own.vpp > 1}:
@@ -113,19 +138,3 @@ def check_live(groups: MimoGroups) -> None:
             got=", ".join(f"{name}: vpp={vpp}" for name, vpp in chunked.items()),
             fix="leave out vpp on live ranks; plans and offline conversions take it",
         )
-    alike = len({(own.tp, own.cp, own.dp) for own in layouts.values()}) == 1
-    if not (takes_grids() or (groups.colocated and alike)):
-        raise LayoutError(
-            "the installed megatron-core has no components with layouts or ranks of their own",
-            where=", ".join(f"{name}: {layout}" for name, layout in groups.layouts.items()),
-            expected="all components on the same ranks, at the same tp, cp and dp",
-            got="a MimoModelConfig without module_to_grid_map",
-            fix="install megatron-core 0.17 or newer (Python 3.12)",
-        )
-
-
-def takes_grids() -> bool:
-    """Whether the installed `MimoModel` knows components with ranks of their own (megatron-core 0.17 and later)."""
-    from megatron.core.models.mimo.config import MimoModelConfig
-
-    return "module_to_grid_map" in MimoModelConfig.__dataclass_fields__

@@ -13,7 +13,7 @@ from bridge_core.runtime.provider import Provider
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE, ComponentLayout
 from bridge_mimo.plan import MimoPlan
-from bridge_mimo.runtime.groups import MimoGroups, check_live, make_groups, takes_grids
+from bridge_mimo.runtime.groups import MimoGroups, check_live, make_groups
 from bridge_mimo.runtime.live import LANGUAGE_MODULE, groups_of
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ class MimoProvider:
             groups: of the same layouts; by default they are made. The model keeps them as `mimo_groups`.
 
         Raises:
-            LayoutError: the layouts are not for this run, or not for the installed megatron-core.
-            ConfigError: a setting is refused; or a component is one that nothing here builds.
+            LayoutError: the layouts are not for this run, or not for `MimoModel`.
+            ConfigError: megatron-core is older than 0.17; a setting is refused; or a component is one that nothing here
+                builds.
         """
         groups = groups or self.make_groups()
         check_live(groups)
@@ -142,12 +143,11 @@ class MimoProvider:
         """mcore's configuration of these settings, for one rank of some groups."""
         from megatron.core.models.mimo.config import MimoModelConfig
 
-        options: dict[str, Any] = {"module_to_grid_map": dict(groups.grids)} if takes_grids() else {}
         return MimoModelConfig(
             language_model_spec=self.language_spec(groups.collections[LANGUAGE]),
             modality_submodules_spec={name: self.tower_spec(name, groups.collections[name]) for name in self.towers},
             special_token_ids=dict(self.special_token_ids),
-            **options,
+            module_to_grid_map=dict(groups.grids),
         )
 
     def language_spec(self, groups: ProcessGroupCollection | None) -> ModuleSpec:
