@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from live_jobs import CONFIGS, build_loaded
+from live_jobs import CONFIGS, build_loaded, give_ranges
 
 _BY_TENSOR = {"nvfp4": "NVFP4QTensor", "w4a16_nvfp4": "NVFP4QTensor", "mxfp8": "MXFP8QTensor", "mxfp4": "MXFP4QTensor"}
 
@@ -41,6 +41,8 @@ def calibrate_and_export(
             # Fake quantisation of blocks of FP4 and of powers of two needs CUDA; ranges of weights do not.
             run = None if name in _BY_TENSOR else lambda model, pg=pg: forward([model], pg, tokens)
             mtq.quantize(chunks[0], config, run)
+            if name == "nvfp4":
+                give_ranges(chunks[0], pg, name)
             export_quantized(chunks, f"{out}/{name}", bridge=bridge, groups=pg, format="compressed-tensors")
             _fold(chunks[0], name)
             found.append((pg.tp.rank(), forward(chunks, pg, tokens)))

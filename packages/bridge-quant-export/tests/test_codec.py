@@ -195,13 +195,19 @@ def test_targets_by_expression_and_inputs_quantised_otherwise(plain, tmp_path):
 
 BROKEN = {
     "a scale is missing": (lambda t: t.pop(f"{DOWN}.weight_scale_2"), "is missing"),
-    "no scale at all": (lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{DOWN}.weight_")], "another shape"),
+    "no scale at all": (lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{DOWN}.weight_")], "has no scales"),
     "another shape": (lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"][:-1]}), "does not fit"),
     "another dtype": (lambda t: t.update({f"{DOWN}.weight": t[f"{DOWN}.weight"].view(torch.int8)}), "does not fit"),
     "zero points": (lambda t: t.update({f"{DOWN}.weight_zero_point": torch.zeros(1)}), "may change what the weights"),
     "an order of groups": (lambda t: t.update({f"{DOWN}.weight_g_idx": torch.zeros(1)}), "may change what the weights"),
     "scales without a weight": (lambda t: t.update({"model.norm.weight_scale": torch.ones(1)}), "does not"),
-    "nothing is quantised": (lambda t: [t.pop(n) for n in list(t) if "_scale" in n], "none is"),
+    "nothing is quantised": (
+        lambda t: (
+            [t.pop(n) for n in list(t) if "_scale" in n],
+            t.update({n: tensor.bfloat16() for n, tensor in t.items() if tensor.dtype == torch.uint8}),
+        ),
+        "none is",
+    ),
 }
 
 
@@ -211,6 +217,24 @@ def test_what_is_broken_is_refused_before_anything_is_written(plain, tmp_path, c
     edit, said = BROKEN[case]
     change(packed, edit)
     with pytest.raises(BridgeError, match=said):
+        import_ckpt(packed, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "writer"), [("fp8", "modelopt"), ("int8", "compressed-tensors"), ("mxfp8", "modelopt")]
+)
+def test_codes_without_scales_are_no_numbers(plain, tmp_path, kind, writer):
+    packed, _ = write_packed(plain("qwen3"), tmp_path, lambda module: kind, writer)
+    change(packed, lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{DOWN}.") and "_scale" in n])
+    with pytest.raises(BridgeError, match="has no scales") as caught:
+        import_ckpt(packed, tmp_path / "megatron")
+    assert f"{DOWN}.weight" in str(caught.value)
+    change(packed, lambda t: [t.pop(n) for n in list(t) if "_scale" in n])
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    (packed / "hf_quant_config.json").unlink(missing_ok=True)
+    with pytest.raises(BridgeError, match="does not say that they are quantised"):
         import_ckpt(packed, tmp_path / "megatron")
     assert not (tmp_path / "megatron").exists()
 

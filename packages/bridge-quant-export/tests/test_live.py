@@ -142,6 +142,39 @@ def test_every_layout_gives_the_same_bytes_in_every_format(rank_pool, models, si
     check_layout(rank_pool, models, single, tmp_path, case, CONFIGS)
 
 
+@pytest.fixture(scope="module")
+def single_mixed(rank_pool, models, tmp_path_factory):
+    """As `single`, of several formats in one model with a quantised KV cache."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(f"{name}-{MIXED}")
+            pairs = [(MIXED, writer) for writer in WRITERS]
+            rank_pool.run(export, str(models(name)), {}, str(made[name]), pairs, ranks=[0], kv=True)
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "host"], ids=case_id)
+def test_every_layout_gives_the_same_bytes_of_a_mixture(rank_pool, models, single_mixed, tmp_path, case):
+    """Several formats and a quantised KV cache, which mcore's local attention cannot have."""
+    name, layout, spec, grouped = case
+    pairs = [(MIXED, writer) for writer in WRITERS]
+    rank_pool.run(
+        export,
+        *(str(models(name)), layout, str(tmp_path), pairs),
+        ranks=range(ParallelLayout(**layout).world_size),
+        spec=spec,
+        grouped=grouped,
+        kv=True,
+    )
+    for _, writer in pairs:
+        check_same(single_mixed(name) / f"{MIXED}-{writer}", tmp_path / f"{MIXED}-{writer}")
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 def test_exports_are_sound_and_near_the_original(models, single, name):
     for kind, writer in WRITABLE:

@@ -23,6 +23,7 @@ TOLERANCES = {
     "int4": 1e-5,
     "int8_weight_only": 1e-4,
     "int8": 1e-4,
+    "nvfp4": 1e-2,  # as below
     "w4a16_nvfp4": 1e-2,  # compressed-tensors unpacks it to bf16
     "mxfp8": 1e-5,
     "mxfp4": 1e-5,

@@ -34,6 +34,7 @@ _BESIDE = {
     **dict.fromkeys(("k_scale", "v_scale"), "range of the KV cache"),
 }
 _FLOATS = ("F32", "BF16", "F16")
+_PLAIN_DTYPES = frozenset({*_FLOATS, "F64"})
 
 
 class _Codecs:
@@ -97,7 +98,11 @@ class PackedWeights:
         )
 
     def find(self, stored: Mapping[str, Header], *, where: object) -> Found:
-        """Every layer that has scales; which format it has, config.json says."""
+        """Every layer that has scales; which format it has, config.json says.
+
+        Raises:
+            CheckpointError: codes without scales, scales of an unquantised layer, or parts that do not fit one another.
+        """
         modules: dict[str, set[str]] = {}
         for name in stored:
             module, _, suffix = name.rpartition(".")
@@ -106,6 +111,15 @@ class PackedWeights:
         weights: dict[str, Shape] = {}
         beside: dict[str, str] = {}
         for module, suffixes in modules.items():
+            plain = stored.get(f"{module}.weight")
+            if suffixes.isdisjoint(_MARKS) and plain is not None and plain.dtype not in _PLAIN_DTYPES:
+                raise CheckpointError(
+                    "a quantised weight has no scales",
+                    where=f"{module}.weight",
+                    expected=f"{' or '.join(_MARKS)} beside it",
+                    got=f"{plain.dtype}, and {preview(sorted(suffixes - {'weight'})) or 'nothing else'}",
+                    fix="download the checkpoint again, completely",
+                )
             if not suffixes.isdisjoint(_MARKS):
                 weights[f"{module}.weight"] = self._shape_of(module, suffixes)
             beside |= {f"{module}.{suffix}": _BESIDE[suffix] for suffix in _BESIDE if suffix in suffixes}

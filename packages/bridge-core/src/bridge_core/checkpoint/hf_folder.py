@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -175,8 +176,28 @@ def open_hf(path: str | Path, *, quantized: bool = False) -> HfFolder:
     if weight_map is not None:
         _check_index(folder, weight_map, files)
     codec = None if quantized else codec_of(config, where=folder)
+    if codec is None and not quantized:
+        _check_plain(tensors)
     presented, beside = (tensors, {}) if codec is None else present(tensors, codec, where=folder)
     return HfFolder(folder, config, presented, tensors, codec, beside, files, metadata, headers)
+
+
+_CODES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8"})
+
+
+def _check_plain(tensors: Mapping[str, Stored]) -> None:
+    """Without a `quantization_config`, weights are numbers: codes would be read as if they were."""
+    codes = [
+        name for name, t in tensors.items() if t.dtype in _CODES and len(t.shape) >= 2 and name.endswith(".weight")
+    ]
+    if codes:
+        raise CheckpointError(
+            "weights are stored as codes, and config.json does not say that they are quantised",
+            where=preview(codes),
+            expected=f"floats, or {OPTION} in config.json",
+            got=tensors[codes[0]].dtype,
+            fix="download config.json and the files beside it again; bridge-quant-export reads hf_quant_config.json",
+        )
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
