@@ -25,7 +25,7 @@ def fill(chunks, name: str = "default") -> None:
     """Distinct values in every factor, the same for a whole factor however it is cut; magnitudes stay near theirs."""
     import torch
 
-    from bridge_core.runtime.live import unwrap
+    from bridge_core.runtime.homes import unwrap
     from bridge_peft.converting.gather import Share
     from bridge_peft.layers.attach import adapters_of
 

@@ -56,7 +56,7 @@ class AutoBridge:
         self.ignore = tuple(ignore)
         self.family: Family = family_for(self.config)
         self.codec = codec_of(self.config)
-        self._live_plans: dict[bool, dict[Any, Plan]] = {False: {}, True: {}}  # by whether fp8 was asked for
+        self._live_plans: dict[bool, dict[Any, Any]] = {False: {}, True: {}}  # by whether fp8 was asked for
         whole = self.family.to_megatron(self.config, ignore=ignore_options)
         folder = self._weights if self.family.unsaid_mtp or ignore else None
         check_ignored(self.family, whole, self.ignore, folder.tensors if folder else ())

@@ -144,6 +144,23 @@ def write_new(path, *, overwrite, meanwhile=lambda: None):
         meanwhile()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_killed_run_was_about_to_replace_is_there_again(tmp_path, overwrite):
+    """It was killed after the old folder had lost its name, and before the new one had it."""
+    out, old = tmp_path / "out", tmp_path / ".out.replaced"
+    old.mkdir()
+    (old / "notes.txt").write_text("precious")
+
+    def run():
+        with finished_folder(out, overwrite=overwrite):
+            raise OutputError("this run fails as well")
+
+    with pytest.raises(OutputError, match="fails as well" if overwrite else "already holds something"):
+        run()
+    assert left(out) == ["notes.txt"]
+    assert not old.exists()
+
+
 def test_what_somebody_put_there_in_the_meantime_is_not_replaced(tmp_path):
     def put_notes():
         (tmp_path / "out").mkdir()

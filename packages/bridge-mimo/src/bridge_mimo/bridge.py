@@ -114,6 +114,7 @@ class MegatronMIMOBridge(AutoBridge):
         found = copy(self)
         vars(found).pop("components", None)
         found.hf_towers = names
+        found._live_plans = {False: {}, True: {}}
         check_component_names(found.components, found.layouts)
         return found
 
@@ -289,6 +290,7 @@ class MegatronMIMOBridge(AutoBridge):
             groups_of(model, groups),
             inventory=folder.shapes if folder else None,  # names are those of the bridge's own folder
             ignore=self.ignore,
+            known=self._live_plans[fp8],
             **codec_options(fp8, folder),
         )
 

@@ -86,7 +86,7 @@ def apply_lora(model: Any, config: LoraConfig, groups: Any = None, *, adapter_na
         LayoutError: a layer does not divide by the ranks that cut it.
     """
     require("megatron.core", extra="mcore", package="bridge-peft")
-    from bridge_core.runtime.live import unwrap
+    from bridge_core.runtime.homes import unwrap
     from bridge_peft.layers.sites import sites
 
     _check_name(adapter_name)
@@ -354,7 +354,7 @@ def adapters_named(model: Any, names: Iterable[str]) -> list[Any]:
     Raises:
         ConfigError: a name that no layer has.
     """
-    from bridge_core.runtime.live import unwrap
+    from bridge_core.runtime.homes import unwrap
     from bridge_peft.layers.attach import adapters_of
 
     found = [adapters for chunk in unwrap(model) for _, adapters in adapters_of(chunk)]

@@ -34,7 +34,7 @@ def merged_weights(
         tensors; other parameters as they are stored, not copied. A quantised layer's weight is what
         its forward multiplies with: quantised and back, plus the adapter.
     """
-    from bridge_core.runtime.live import unwrap
+    from bridge_core.runtime.homes import unwrap
 
     wanted = _wanted(model, names)
     for chunk in unwrap(model):

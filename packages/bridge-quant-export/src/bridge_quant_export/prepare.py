@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bridge_core.extras import require
-from bridge_core.runtime.live import unwrap
+from bridge_core.runtime.homes import unwrap
 
 
 def prepare_for_modelopt(model: Any, groups: Any = None) -> None:

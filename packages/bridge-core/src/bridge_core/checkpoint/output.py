@@ -182,6 +182,8 @@ def finished_folder(path: Path, *, overwrite: bool, nbytes: int = 0, durable: bo
     partial = partial_path(path)
     with _locked(partial, path):
         try:
+            _restore(path)
+            check_free(path, overwrite=overwrite)
             _remove(partial)
             partial.mkdir(parents=True)
             yield partial
@@ -234,6 +236,12 @@ def _publish(partial: Path, path: Path) -> None:
             os.rename(old, path)  # the new one is about to be removed
         raise
     shutil.rmtree(old, ignore_errors=True)  # the output is finished, whatever becomes of the old one
+
+
+def _restore(path: Path) -> None:
+    """Give a folder its name back if a run was killed after it had taken it, and before the new one had it."""
+    if not path.exists() and _replaced_path(path).is_dir():
+        os.rename(_replaced_path(path), path)
 
 
 def _sync_tree(folder: Path) -> None:

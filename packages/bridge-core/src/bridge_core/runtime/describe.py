@@ -53,7 +53,8 @@ class LocalShard(NamedTuple):
 def iter_local_shards(live: LiveModel) -> Iterator[LocalShard]:
     """Every piece of an HF tensor that this rank holds, with a view on it. Nothing is communicated or copied.
 
-    Views stay valid as long as the parameters keep their memory; they show what an optimizer step writes.
+    Views stay valid as long as the parameters keep their memory; they show what an optimizer step writes. What DDP
+    gathers late (`overlap_param_gather`) is for the caller to gather first: `start_param_sync(force_sync=True)`.
     Rows that pad the vocabulary belong to no HF tensor and are in no view.
     """
     copies = _copies(live)

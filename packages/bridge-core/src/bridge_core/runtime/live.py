@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.codecs import Codec
@@ -24,6 +24,8 @@ from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_o
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from torch import Tensor
+
+PlanT = TypeVar("PlanT", bound=Plan)
 
 # megatron-core's local specs (0.16.1 and 0.19.2, models/gpt/gpt_layer_specs.py, transformer/moe/experts.py)
 # against the canonical names, which are those of Transformer Engine's specs.
@@ -126,23 +128,32 @@ def open_live(
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: home for key, home in named.items() if key not in left}
     padded = padded_vocab(chunks[0], named, layout.tp, fields["vocab_size"])
-    plan = None if known is None else known.get((layout, padded))
-    if plan is None or plan.fields != fields:
-        plan = Plan(
-            family,
-            fields,
-            layout,
-            padded_vocab=padded,
-            inventory=inventory,
-            ignore=ignore,
-            codec=codec,
-            quantised=quantised,
-        )
-    if known is not None:
-        known[layout, padded] = plan
+
+    def make() -> Plan:
+        options: dict[str, Any] = {"inventory": inventory, "ignore": ignore, "codec": codec, "quantised": quantised}
+        return Plan(family, fields, layout, padded_vocab=padded, **options)
+
+    plan = remembered(known, (layout, padded), fields, make)
     live = matched(plan, rank, named, excepted)
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=partial(gather_late, model))
+
+
+def remembered(known: dict[Any, PlanT] | None, key: Hashable, fields: Fields, make: Callable[[], PlanT]) -> PlanT:
+    """A plan made before under this key, of a model of the same fields; otherwise a new one, which is put there.
+
+    Args:
+        known: plans by key; None keeps nothing.
+        key: all that a plan depends on, but for the fields and what all of `known` share.
+        fields: Megatron fields of the model.
+        make: makes the plan.
+    """
+    found = None if known is None else known.get(key)
+    if found is None or found.fields != fields:
+        found = make()
+    if known is not None:
+        known[key] = found
+    return found
 
 
 def matched(plan: Plan, rank: int, named: Mapping[tuple[int, str], Home], excepted: Collection[str] = ()) -> LiveModel:

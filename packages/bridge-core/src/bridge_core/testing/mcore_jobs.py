@@ -169,7 +169,7 @@ def forward(chunks: list[Any], pg: Any, tokens: Tensor) -> Tensor | None:
     import torch
     import torch.distributed as dist
 
-    from bridge_core.runtime.live import unwrap
+    from bridge_core.runtime.homes import unwrap
 
     size = tokens.shape[1]
     device = next(chunks[0].parameters()).device

@@ -11,7 +11,7 @@ from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.geometry import Shape
 from bridge_core.plan import Shard
 from bridge_core.runtime.homes import gather_late, stored, unwrap
-from bridge_core.runtime.live import LiveModel, matched, matches, padded_vocab
+from bridge_core.runtime.live import LiveModel, matched, matches, padded_vocab, remembered
 from bridge_core.runtime.shared_files import GroupOf
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE
@@ -36,6 +36,7 @@ def open_mimo(
     ignore: Sequence[str] = (),
     codec: Codec | None = None,
     quantised: Collection[str] | None = None,
+    known: dict[Any, MimoPlan] | None = None,
 ) -> LiveModel:
     """Match a live `MimoModel` against its plan, before any byte is copied. Nothing is communicated.
 
@@ -47,6 +48,7 @@ def open_mimo(
         groups: of the model.
         excepted: patterns (as in a shell) of parameter names that need not match.
         inventory, ignore, codec, quantised: as for a `MimoPlan`.
+        known: plans made before of the same components and options; the plan is taken from there, or put there.
 
     Returns:
         The model with the names of `MimoModel`; its rank is that of the world, its plan a `MimoPlan`.
@@ -60,16 +62,13 @@ def open_mimo(
     parts = modules_of(model, groups)
     named = {(0, prefix + name): tensor for prefix, module in parts.values() for name, tensor in stored(module)}
     left = {key for key in named if matches(key[1], excepted)}
-    plan = MimoPlan(
-        components,
-        groups.layouts,
-        colocated=groups.colocated,
-        padded_vocab=_padded_vocab(model, parts, groups, components.fields["vocab_size"]),
-        inventory=inventory,
-        ignore=ignore,
-        codec=codec,
-        quantised=quantised,
-    )
+    padded = _padded_vocab(model, parts, groups, components.fields["vocab_size"])
+
+    def make() -> MimoPlan:
+        options: dict[str, Any] = {"inventory": inventory, "ignore": ignore, "codec": codec, "quantised": quantised}
+        return MimoPlan(components, groups.layouts, colocated=groups.colocated, padded_vocab=padded, **options)
+
+    plan = remembered(known, (*groups.layouts.items(), groups.colocated, padded), components.fields, make)
     live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=lambda: gather_late([_wrapped(model, name) for name in groups.mine]))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
-from bridge_core.runtime.live import unwrap
+from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.tensors import dtype_name, torch_dtype
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_peft.apply import adapters_named

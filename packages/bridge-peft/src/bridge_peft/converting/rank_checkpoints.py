@@ -13,7 +13,7 @@ from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, CoverageError, preview
-from bridge_core.runtime.live import unwrap
+from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.megatron_state import load_state, save_state, sharded_state
 from bridge_core.runtime.own_world import OwnWorld

@@ -21,7 +21,8 @@ from bridge_core.checkpoint.safetensors import read_header
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, OutputError, preview
-from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live, unwrap
+from bridge_core.runtime.homes import unwrap
+from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live
 from bridge_core.runtime.load import default_group
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_quant_export.configs import compressed_tensors, modelopt
@@ -125,6 +126,7 @@ def export_quantized(
         return live, read_held(live, chunks), like
 
     live, held, like = jointly(workers, look)
+    live.renew()
     held = _calibrated(live, held, groups, group, workers, uncalibrated, ranges)
     held = jointly(workers, lambda: share_fused(held, live.plan, format))
     formats, kv_layers = agreed_formats(held, workers)
