@@ -14,6 +14,7 @@ pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
 
 EXPERT_PARALLEL = {"ep": 2, "dp": 2}
+RUN = {"ranks": [0, 1], "timeout_s": 60}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def check(results, words, *, verbs=("load", "save", "stream")) -> None:
 def test_a_model_without_memory_is_refused(device_ranks, folders, tmp_path, ranks):
     """Also if that is so on one rank alone. All have the message of the first."""
     out = tmp_path / "out"
-    results = device_ranks.run(refuse, str(folders("qwen3")), {}, {"tp": 2}, str(out), meta_on=ranks, ranks=[0, 1])
+    results = device_ranks.run(refuse, str(folders("qwen3")), {}, {"tp": 2}, str(out), meta_on=ranks, **RUN)
     check(results, [f"rank {ranks[0]}: embedding.word_embeddings.weight", "meta device", "to_empty"])
     assert not list(tmp_path.iterdir())
 
@@ -68,7 +69,7 @@ def test_a_model_without_memory_is_refused(device_ranks, folders, tmp_path, rank
     ids=["hidden-size", "hidden-size-of-experts", "fewer-experts", "more-experts"],
 )
 def test_a_model_of_other_sizes_is_refused(device_ranks, folders, tmp_path, name, changes, layout, words):
-    results = device_ranks.run(refuse, str(folders(name)), changes, layout, str(tmp_path / "out"), ranks=[0, 1])
+    results = device_ranks.run(refuse, str(folders(name)), changes, layout, str(tmp_path / "out"), **RUN)
     check(results, words)
     assert not list(tmp_path.iterdir())
 
@@ -92,4 +93,4 @@ def test_a_folder_of_other_experts_is_refused(device_ranks, folders, tmp_path, n
         del tensors[at.format(3)]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     out = str(tmp_path / "out")
-    check(device_ranks.run(refuse, str(folder), {}, EXPERT_PARALLEL, out, ranks=[0, 1]), words, verbs=["load"])
+    check(device_ranks.run(refuse, str(folder), {}, EXPERT_PARALLEL, out, **RUN), words, verbs=["load"])
