@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ _opened: set[str] | None = None
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    """The interpreter's own account of weight files that are opened for writing."""
+    """The interpreter's own account of files that are opened for writing."""
     if event == "open" and _opened is not None and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        name = Path(os.fsdecode(arguments[0])).name if not isinstance(arguments[0], int) else ""
-        if name.endswith(".safetensors"):
-            _opened.add(name)
+        path = arguments[0]
+        _opened.update(() if isinstance(path, int) else [Path(os.fsdecode(path)).name])
 
 
 sys.addaudithook(_note)  # stays with the process; it notes nothing outside of `_noting`
@@ -24,7 +24,7 @@ sys.addaudithook(_note)  # stays with the process; it notes nothing outside of `
 
 @contextmanager
 def _noting():
-    """Yields the names of weight files opened for writing, and the sizes of the owners' exchanges, within the block."""
+    """Yields the names of files opened for writing, and the sizes of the owners' exchanges, within the block."""
     import sys
 
     import torch.distributed as dist
@@ -64,7 +64,8 @@ def save_both_ways(path: str, layout: dict[str, Any], out: str, bucket_bytes: in
                 options = {"one_writer_per_file": True, "bucket_bytes": bucket_bytes} if way == "owned" else {}
                 with _noting() as (opened, sizes):
                     report = bridge.save_hf_pretrained(chunks, f"{out}/{way}", **options)
-                    found[way] = report, set(opened), list(sizes)
+                    weights = {name for name in opened if name.endswith(".safetensors")}
+                    found[way] = report, weights, list(sizes), opened - weights
     assert not reads, reads
     return found
 
@@ -90,10 +91,8 @@ def disagree(path: str, layout: dict[str, Any], out: str, rank: int) -> str:
     return "no error"
 
 
-def fail(path: str, layout: dict[str, Any], out: str, step: str, rank: int, *, killed: bool) -> str:
-    """One rank fails, or is killed, while files are written by their owners; what this rank is told."""
-    import signal
-
+def fail(path: str, layout: dict[str, Any], out: str, step: str, rank: int) -> str:
+    """One rank fails while files are written by their owners; what this rank is told."""
     import torch.distributed as dist
 
     from bridge_core import AutoBridge, BridgeError
@@ -101,23 +100,17 @@ def fail(path: str, layout: dict[str, Any], out: str, step: str, rank: int, *, k
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mcore_jobs import build
 
-    calls = []
     original = getattr(WholeFiles, step)
 
-    def broken(*args):
-        calls.append(step)
-        if step == "_create" or len(calls) == 3:
-            if killed:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise MemoryError("no memory left on this rank")
-        return original(*args)
+    def no_memory():
+        raise MemoryError("no memory left on this rank")
 
     bridge = AutoBridge.from_hf_pretrained(path)
     with host_backend():
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
         if dist.get_rank() == rank:
-            setattr(WholeFiles, step, broken)
+            setattr(WholeFiles, step, _at_call(1 if step == "_create" else 3, original, no_memory))
         try:
             with _noting() as (_, sizes):
                 bridge.save_hf_pretrained(chunks, out, one_writer_per_file=True, bucket_bytes=20_000)
@@ -126,3 +119,72 @@ def fail(path: str, layout: dict[str, Any], out: str, step: str, rank: int, *, k
         finally:
             setattr(WholeFiles, step, original)
     return "no error"
+
+
+def _at_call(number: int, function: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+    """A function that does something else first in one of its calls."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(number)
+        if len(calls) == number:
+            then()
+        return function(*args, **kwargs)
+
+    return call
+
+
+def die(path: str, layout: dict[str, Any], out: str, step: str, rank: int, notes: str) -> None:
+    """One rank is killed in a save; the others note what they were told, and after how many seconds.
+
+    Args:
+        step: `"files"`, while files are written by their owners; `"index"`, when everything is written (index and
+            config.json as well) and the folder has no name yet.
+    """
+    import signal
+    import time
+
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime import save
+    from bridge_core.runtime.file_owners import WholeFiles
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    def end():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish_and_end(*args, **kwargs):
+        finish(*args, **kwargs)
+        end()
+
+    bridge, finish = AutoBridge.from_hf_pretrained(path), save.finish_hf_folder
+    with host_backend():
+        _, _, chunks = build(bridge.fields, layout, spec="host")
+        bridge.load_hf_weights(chunks)
+        if dist.get_rank() == rank:
+            save.finish_hf_folder = finish_and_end
+            if step == "files":
+                WholeFiles._write = _at_call(3, WholeFiles._write, end)
+        options = {"one_writer_per_file": True, "bucket_bytes": 20_000} if step == "files" else {}
+        started = time.monotonic()
+        try:
+            bridge.save_hf_pretrained(chunks, out, **options)
+            text = "no error"
+        except (BridgeError, RuntimeError) as error:
+            text = f"{type(error).__name__}: {error}"
+    Path(notes, str(dist.get_rank())).write_text(f"{time.monotonic() - started:.1f}\n{text}")
+
+
+def save_again(path: str, layout: dict[str, Any], out: str) -> None:
+    """Load, and save in the default way."""
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import build
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, _, chunks = build(bridge.fields, layout, spec="host")
+        bridge.load_hf_weights(chunks)
+        bridge.save_hf_pretrained(chunks, out)

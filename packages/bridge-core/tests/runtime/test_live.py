@@ -17,21 +17,25 @@ pytest.importorskip("transformers", reason="the oracle is transformers")
 
 TOKENS = torch.tensor([[3, 17, 91, 130, 5, 64, 64, 2, 77, 11, 40, 8]])
 
+UNEVEN = {"pp": 2, "num_layers_in_first_pipeline_stage": 3}
 DENSE = [
     {"tp": 2},
     {"pp": 2},
     {"pp": 2, "vpp": 2},
     {"tp": 2, "pp": 2},
     {"dp": 2},
-    {"pp": 2, "num_layers_in_first_pipeline_stage": 3},
+    UNEVEN,
 ]
 EXPERTS = [{"ep": 2, "dp": 2}, {"tp": 1, "ep": 1, "etp": 2, "dp": 2}, {"tp": 2, "ep": 2, "etp": 1}]
+LOCAL_EXPERTS = [{"ep": 2, "dp": 2}, {"pp": 2, "ep": 2, "dp": 2}, {"tp": 2, "etp": 2}, {"tp": 2, "ep": 2, "etp": 1}]
 CASES = [
     *(("qwen3", layout, "host") for layout in DENSE),
+    *(("qwen3", layout, "local") for layout in DENSE[1:]),
     ("llama-tied", {"pp": 2}, "host"),
     ("qwen2", {"tp": 4}, "local"),
+    *(("qwen3_moe", layout, "host") for layout in [{"tp": 2}, {"pp": 2}, {"dp": 2}, UNEVEN]),
     *(("qwen3_moe", layout, "host") for layout in [{"tp": 2, "pp": 2}, *EXPERTS]),
-    ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, "local"),
+    *(("qwen3_moe", layout, "local") for layout in LOCAL_EXPERTS),
     ("qwen3_moe-mixed", {"pp": 2, "ep": 2, "dp": 2}, "host"),
     ("mixtral", {"pp": 2, "vpp": 2, "ep": 2, "dp": 2}, "host"),
 ]

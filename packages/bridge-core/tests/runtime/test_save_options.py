@@ -5,12 +5,13 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from runtime.save_jobs import disagree, fail, save_both_ways
+from runtime.save_jobs import die, disagree, fail, save_again, save_both_ways
 
 from bridge_core import ParallelLayout
 from bridge_core.geometry import slabs
 from bridge_core.runtime.file_owners import owners_of
 from bridge_core.testing.hf_models import make_model, save_model
+from bridge_core.testing.ranks import RankError, RankPool
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -48,6 +49,7 @@ def test_each_file_is_written_by_one_rank_and_is_the_same(device_ranks, folders,
     for file in names:
         assert (owned / file).read_bytes() == (shared / file).read_bytes(), file
     check_opened(results, [file for file in names if file.endswith(".safetensors")])
+    check_opened_once(results, [file for file in names if not file.endswith(".safetensors")])
     total = sum(result["shared"][0].bytes_written for result in results)
     check_exchanges(results, total, bucket)
 
@@ -76,13 +78,22 @@ def check_opened(results, weights) -> None:
     """One rank per file, by the interpreter's account and by the reports; many by default."""
     for way, count in (("owned", 1), ("shared", 2)):
         for result in results:
-            report, opened, _ = result[way]
+            report, opened, *_ = result[way]
             assert set(report.files) == opened
         openers = [sum(name in result[way][1] for result in results) for name in weights]
         assert max(openers) >= count
         assert way == "shared" or openers == [1] * len(weights)
     owners = [result["owned"][1] for result in results]
     assert all(owners), "a rank has no file although there are more files than ranks"
+
+
+def check_opened_once(results, others) -> None:
+    """Index, configuration and what is carried along: exactly one rank opens them for writing, the same for all."""
+    assert {"config.json", "model.safetensors.index.json", "generation_config.json"} <= set(others)
+    for way in ("owned", "shared"):
+        openers = {name: [rank for rank, result in enumerate(results) if name in result[way][3]] for name in others}
+        assert all(len(ranks) == 1 for ranks in openers.values()), openers
+        assert len({ranks[0] for ranks in openers.values()}) == 1, openers
 
 
 def check_exchanges(results, total, bucket) -> None:
@@ -128,11 +139,35 @@ def test_boxes_follow_one_another_and_are_bounded(shape, numel):
 def test_a_rank_that_fails_stops_all_in_the_next_round(device_ranks, folders, tmp_path, step):
     out = tmp_path / "out"
     told = device_ranks.run(
-        fail, str(folders("qwen3")), {"tp": 2, "pp": 2}, str(out), step, 2, killed=False, ranks=range(4), timeout_s=60
+        fail, str(folders("qwen3")), {"tp": 2, "pp": 2}, str(out), step, 2, ranks=range(4), timeout_s=60
     )
     assert all("no memory left" in text for text in told), told
     rounds = {int(text.split()[0]) for text in told}
     assert rounds <= {1, 3, 4}, told  # of more than a hundred
     assert len(rounds) == 1
     assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "rank", "layout"), [("index", 0, {"tp": 2}), ("files", 2, {"tp": 2, "pp": 2})])
+def test_a_killed_rank_ends_the_others_and_nothing_looks_finished(folders, tmp_path, step, rank, layout):
+    """In less than 30 s, which is promised. Rank 0 holds the folder's lock and writes the index; rank 2 owns files.
+
+    A pool of its own: the dead process must not be one of the session's. The pool's next save clears the remains.
+    """
+    folder, out, notes = folders("qwen3"), tmp_path / "out", tmp_path / "notes"
+    notes.mkdir()
+    size = ParallelLayout(**layout).world_size
+    with RankPool(size) as pool:
+        with pytest.raises(RankError, match="died"):
+            pool.run(die, str(folder), layout, str(out), step, rank, str(notes), timeout_s=60)
+        told = [(notes / str(other)).read_text().split("\n", 1) for other in range(size) if other != rank]
+        for seconds, text in told:
+            assert float(seconds) < 30
+            assert "lost" in text or "onnection" in text, text
+        assert not out.exists()
+        pool.run(save_again, str(folder), layout, str(out))
+    for file in sorted(folder.glob("*.safetensors*")):
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
     assert not list(tmp_path.glob(".*"))

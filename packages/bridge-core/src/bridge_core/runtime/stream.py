@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
@@ -96,7 +97,8 @@ class Stream:
             left = False
         finally:
             if not self._told:  # once a failure is known to all, nobody waits for another word
-                self._agree(failed=left)
+                with suppress(BridgeError) if left else nullcontext():  # whoever left has an error, or none, of its own
+                    self._agree(_left_early() if left else None)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A tensor, or the codes and scales of one that is to be quantised. Every rank has all of it."""
@@ -183,29 +185,43 @@ class Stream:
                     window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target)))
         except Exception as error:
             failure = error
-        self._agree(failed=failure is not None, cause=failure)
+        self._agree(failure)
         dist.all_reduce(data.view(torch.int32), group=self.group)
         self.collectives += 1
         return [(m.name, tensor.view(m.shape)) for (m, _), (_, tensor) in zip(bucket, tensors, strict=True)]
 
-    def _agree(self, *, failed: bool, cause: Exception | None = None) -> None:
-        """All ranks learn whether one of them failed. Collective."""
+    def _agree(self, failure: Exception | None) -> None:
+        """All ranks learn whether one of them failed, and if so why. Collective.
+
+        Raises:
+            Exception: `failure` itself, here, if this rank's is the first.
+            WorkerError: another rank failed; has its message.
+        """
         import torch
         import torch.distributed as dist
 
         words = words_group(self.group)
-        flag = torch.tensor([self.group.rank() + 1 if failed else 0], device=words_device(words))
+        flag = torch.tensor([int(failure is not None)], device=words_device(words))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=words)
         self.collectives += 1
         self._told = bool(flag.item())
-        if cause is not None:
-            raise cause
-        if self._told and not failed:
-            raise BridgeError(
-                f"rank {int(flag.item()) - 1} failed, or left the stream before its end",
-                expected="all ranks to iterate to the end",
-                fix="look at that rank's own error",
-            )
+        if self._told:
+            TorchWorkers(self.group).together(lambda: _raise(failure))
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _left_early() -> BridgeError:
+    return BridgeError(
+        "it left the stream before its end",
+        where="a loop over the stream",
+        expected="all ranks to iterate to the end",
+        got="a break, or an error in the loop's body",
+        fix="look at that rank's own error",
+    )
 
 
 def _in_dtype(meta: TensorMeta, dtype: str) -> TensorMeta:

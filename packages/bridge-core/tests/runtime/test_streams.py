@@ -1,0 +1,165 @@
+"""Streams of live weights: subsets in whole groups, bounded collectives, one plan for many passes, hooks that fail."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import pytest
+from runtime.stream_jobs import export, leave, train_and_stream_again
+
+from bridge_core import ParallelLayout
+from bridge_core.testing.hf_models import make_model, save_model
+
+torch = pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="the oracle is transformers")
+
+EXPERTS = {"tp": 2, "ep": 2, "etp": 1}
+# Patterns, and the tensors that travel with those that they name: one Megatron tensor is made of them.
+SUBSETS = [
+    (
+        "qwen3",
+        {"tp": 2, "pp": 2},
+        ["*.layers.1.self_attn.q_proj.weight", "*.layers.[23].mlp.up_proj.weight", "lm_head.*"],
+        ["*.layers.1.self_attn.[qkv]_proj.weight", "*.layers.[23].mlp.[gu]*_proj.weight", "lm_head.weight"],
+    ),
+    (
+        "qwen2",
+        {"tp": 2},
+        ["*.layers.0.self_attn.k_proj.bias"],
+        ["*.layers.0.self_attn.[qkv]_proj.bias"],
+    ),
+    (
+        "qwen3_moe",
+        EXPERTS,
+        ["*.experts.5.gate_proj.weight", "*.layers.2.mlp.gate.weight", "model.norm.weight"],
+        ["*.experts.5.[gu]*_proj.weight", "*.layers.2.mlp.gate.weight", "model.norm.weight"],
+    ),
+]
+
+
+class Source(NamedTuple):
+    """A model as transformers saved it."""
+
+    folder: str
+    tensors: dict
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Each model once."""
+    from safetensors.torch import load_file
+
+    made = {}
+
+    def make(name, **changes):
+        if (name, *changes.items()) not in made:
+            folder = save_model(make_model(name, **changes), tmp_path_factory.mktemp(name) / "hf")
+            made[name, *changes.items()] = Source(str(folder), load_file(folder / "model.safetensors"))
+        return made[name, *changes.items()]
+
+    return make
+
+
+def equal(got, expected) -> bool:
+    """The same names, and the same bits of each."""
+    return got.keys() == expected.keys() and all(
+        torch.equal(tensor.view(torch.int32), expected[name].view(torch.int32)) for name, tensor in got.items()
+    )
+
+
+@pytest.mark.parametrize(("name", "layout", "asked", "whole"), SUBSETS, ids=["dense", "biases", "experts"])
+def test_the_groups_of_the_names_asked_for_arrive_whole_and_alone(device_ranks, sources, name, layout, asked, whole):
+    source = sources(name)
+    expected = {n: t for n, t in source.tensors.items() if any(fnmatchcase(n, pattern) for pattern in whole)}
+    named = {n for n in source.tensors if any(fnmatchcase(n, pattern) for pattern in asked)}
+    assert named < expected.keys() < source.tensors.keys()
+    ranks = range(ParallelLayout(**layout).world_size)
+    for result in device_ranks.run(export, source.folder, layout, asked, 20_000, ranks=ranks):
+        assert {meta.name for meta in result["metadata"]} == expected.keys()
+        assert equal(result["stream"], expected)
+        assert equal(result["exported"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "bucket"),
+    [("qwen3", {"tp": 2}, 30_000), ("qwen2", {"pp": 2}, 1), ("qwen3_moe", EXPERTS, 20_000)],
+)
+def test_no_group_is_split_over_buckets(device_ranks, sources, name, layout, bucket):
+    source = sources(name)
+    for result in device_ranks.run(export, source.folder, layout, ["*"], bucket, ranks=[0, 1]):
+        assert equal(result["stream"], source.tensors)
+        metas, bucket_of = result["metadata"], result["bucket"]
+        assert split_one_by_one(metas, bucket), "the buckets are too large for this test: nothing would be split"
+        assert None not in bucket_of.values(), "a tensor is no part of what a collective was given"
+        buckets_of = {}
+        for meta in metas:
+            buckets_of.setdefault(meta.group, set()).add(bucket_of[meta.name])
+        assert all(len(buckets) == 1 for buckets in buckets_of.values())
+        check_sizes(result["sizes"], metas, bucket_of, bucket)
+
+
+def split_one_by_one(metas, bucket_bytes) -> list[str]:
+    """The groups that would be split if a bucket took tensor after tensor until it is full."""
+    found, at, number = {}, 0, 0
+    for meta in metas:
+        if at and at + meta.nbytes > bucket_bytes:
+            at, number = 0, number + 1
+        found.setdefault(meta.group, set()).add(number)
+        at += meta.nbytes
+    return [group for group, numbers in found.items() if len(numbers) > 1]
+
+
+def check_sizes(sizes, metas, bucket_of, bucket_bytes) -> None:
+    """A bucket has at most its bytes, and a few that align its tensors; or one group alone."""
+    for number, size in enumerate(sizes):
+        inside = [meta for meta in metas if bucket_of[meta.name] == number]
+        assert sum(meta.nbytes for meta in inside) <= size <= sum(meta.nbytes + 16 for meta in inside)
+        assert size <= bucket_bytes or len({meta.group for meta in inside}) == 1
+
+
+def test_collectives_are_bounded_by_buckets_also_of_many_tensors(device_ranks, sources):
+    """By torch.distributed's account. Two for a bucket and a few for a pass, whatever the number of tensors."""
+    few, many = sources("qwen3_moe"), sources("qwen3_moe", num_experts=64, moe_intermediate_size=8)
+    assert len(many.tensors) > 5 * len(few.tensors)
+    making = set()
+    for source, bucket in [(few, 1 << 20), (many, 1 << 20), (many, 1 << 30)]:
+        total = sum(tensor.nbytes for tensor in source.tensors.values())
+        for result in device_ranks.run(export, source.folder, EXPERTS, ["*"], bucket, ranks=[0, 1]):
+            assert equal(result["stream"], source.tensors)
+            buckets = len(result["sizes"])
+            # Any two buckets that follow one another have more than a bucket's bytes, alignment included.
+            assert 0 < buckets <= 2 * (total + 16 * len(source.tensors)) / bucket + 1
+            assert 2 * buckets < len(result["running"]) <= 2 * buckets + 3
+            making.add(tuple(result["making"]))
+    assert len(making) == 1, "making a stream takes collectives that depend on the model"
+    assert len(making.pop()) < 20
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen3_moe", EXPERTS), ("llama-tied", {"pp": 2})])
+def test_a_kept_stream_plans_nothing_and_has_the_weights_of_now(device_ranks, sources, name, layout):
+    source = sources(name)
+    halved = {name: tensor * 0.5 for name, tensor in source.tensors.items()}
+    for result in device_ranks.run(train_and_stream_again, source.folder, layout, ranks=[0, 1]):
+        assert "__init__" in result["made"]
+        assert result["passes"] == []
+        assert equal(result["before"], source.tensors)
+        assert equal(result["after"], halved)
+
+
+@pytest.mark.parametrize("at", [3, -1], ids=["early", "at-the-end"])
+@pytest.mark.parametrize("way", ["for", "closing"])
+def test_a_hook_that_fails_on_one_rank_is_heard_by_all(device_ranks, sources, way, at):
+    """Nobody hangs, and the ranks are in step afterwards: the next export is whole."""
+    source = sources("qwen3")
+    told = device_ranks.run(leave, source.folder, {"tp": 2, "pp": 2}, way, at, ranks=range(4), timeout_s=60)
+    for rank, (text, seen, count, again) in enumerate(told):
+        assert count == len(source.tensors)
+        assert sorted(again) == sorted(source.tensors)
+        if rank == 1:
+            assert "HookError: no place for" in text
+            assert seen == at % count + 1
+        else:
+            assert "worker 1 failed: it left the stream" in text
+            assert seen < count or at < 0
