@@ -38,10 +38,10 @@ def fail_on_one_rank(path: str, layouts: Layouts, out: str, failing: int):
             "stream": lambda: stream_to_the_fourth(bridge, model),
             "checkpoint": lambda: bridge.save_megatron_model(model, f"{out}/run"),
         }
-        originals = load.gather, SharedFiles._write
+        originals = load.read_into, SharedFiles._write
         for name, step in steps.items():
             if dist.get_rank() == failing:
-                load.gather = SharedFiles._write = broken
+                load.read_into = SharedFiles._write = broken
                 if name == "checkpoint":
                     module = next(iter(model.modality_submodules.values()), model.language_model)
                     module.sharded_state_dict = broken
@@ -51,7 +51,7 @@ def fail_on_one_rank(path: str, layouts: Layouts, out: str, failing: int):
             except (BridgeError, MemoryError) as error:
                 told[name] = str(error)
             finally:
-                load.gather, SharedFiles._write = originals
+                load.read_into, SharedFiles._write = originals
         before = [parameter.detach().clone() for parameter in model.parameters()]
         bridge.load_hf_weights(model)  # the groups are whole
         assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))

@@ -13,20 +13,20 @@ Read = tuple[str, int, int]
 
 @contextmanager
 def reads() -> Iterator[list[Read]]:
-    """The runs of bytes that parameters are assembled from, as they are read."""
-    from bridge_core.checkpoint import transfer
+    """The runs of bytes that are asked of files of weights, as they are read."""
+    from bridge_core.checkpoint.reading import Reader
     from bridge_core.dtypes import dtype_of
     from bridge_core.geometry import runs
 
     found: list[Read] = []
-    values_of = transfer.values_of
+    read = Reader._read
 
-    def watched(source, piece, files):
-        size = dtype_of(source.dtype).itemsize
-        found.extend((source.path, source.offset + run.source * size, run.length * size) for run in runs(piece))
-        return values_of(source, piece, files)
+    def watched(self, stored, target, piece):
+        size = dtype_of(stored.dtype).itemsize
+        found.extend((stored.path, stored.offset + run.source * size, run.length * size) for run in runs(piece))
+        return read(self, stored, target, piece)
 
-    with patch.object(transfer, "values_of", watched):
+    with patch.object(Reader, "_read", watched):
         yield found
 
 

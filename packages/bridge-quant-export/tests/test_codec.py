@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from bridge_core import AutoBridge, ParallelLayout, export_ckpt, import_ckpt, verify
 from bridge_core.checkpoint.convert import Options
-from bridge_core.checkpoint.encoded import read_bytes
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import open_hf
 from bridge_core.checkpoint.inspect import inspect
-from bridge_core.checkpoint.transfer import values_of
+from bridge_core.checkpoint.reading import Reader
 from bridge_core.errors import BridgeError
 from bridge_core.geometry import Box, Piece, View, restrict, row_major
 from bridge_quant_export.configs.compressed_tensors import scheme_of
@@ -91,13 +90,14 @@ def test_any_region_is_that_of_the_unpacked_whole(one_layer, data):
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        found = torch.from_numpy(values_of(stored, piece, OpenFiles(stack)).copy().view("int16")).view(torch.bfloat16)
+        reader = Reader(OpenFiles(stack))
+        found = torch.from_numpy(reader.values(stored, piece).copy().view("int16")).view(torch.bfloat16)
     expected = values[start[0] :, start[1] :][: box.shape[0], : box.shape[1]]
     assert torch.equal(found, expected)
     # No more is read than the region widened to blocks.
-    assert read_bytes(stored, piece) <= stored.disk_bytes
+    assert reader.nbytes <= stored.disk_bytes
     if box.shape[0] * 4 <= 256 and name not in ("fp8_block", "int4_awq", "w4a8_awq"):
-        assert read_bytes(stored, piece) < stored.disk_bytes / 2
+        assert reader.nbytes < stored.disk_bytes / 2
 
 
 @pytest.mark.parametrize(("name", "writer"), WRITABLE)

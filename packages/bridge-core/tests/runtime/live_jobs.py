@@ -103,7 +103,7 @@ def fail_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str) -> 
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
         places = {
-            "load": [(load, "gather")],
+            "load": [(load, "read_into")],
             "load, room": [(node_load, "staging")],
             "save": [(shared_files.SharedFiles, "_write")],
             "save, room": [(shared_files, "staging")],
@@ -157,7 +157,7 @@ def die_on_one_rank(path: str, layout: dict[str, Any], step: str, out: str, note
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
         if rank == dist.get_world_size() - 1:
-            load.gather, save.SharedFiles._write = die, die
+            load.read_into, save.SharedFiles._write = die, die
         started = time.monotonic()
         try:
             if step == "load":

@@ -74,3 +74,33 @@ def changed_head(path: str, layout: dict[str, Any], allowed: tuple[str, ...]):
     assert not any(parameter.isnan().any() for parameter in rest)
     assert not last or (chunks[-1].output_layer.weight == 3.0).all()
     return report
+
+
+def witnessed(path: str, layout: dict[str, Any], one_reader: bool) -> dict[str, int]:
+    """Load, and what the kernel counted meanwhile; bytes in files of what this rank holds."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge
+    from bridge_core.checkpoint.hf_folder import open_hf
+    from bridge_core.dtypes import dtype_of
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.runtime.live import open_live
+
+    options = {"one_reader_per_node": True, "node_group": dist.group.WORLD} if one_reader else {}
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, chunks = _build(bridge, layout)
+        bridge.load_hf_weights(chunks, **options)  # whatever is imported late is
+        before = _rchar()
+        report = bridge.load_hf_weights(chunks, **options)
+        counted = _rchar() - before
+    tensors = open_hf(path).tensors
+    pieces = [piece for shard in open_live(chunks, bridge.family, bridge.fields).shards for piece in shard.pieces]
+    owned = sum(piece.numel * dtype_of(tensors[piece.source.tensor].parts[0].dtype).itemsize for piece in pieces)
+    return {"read": report.bytes_read, "counted": counted, "owned": owned}
+
+
+def _rchar() -> int:
+    """Bytes that this process asked for and got by read and its like; pages of maps are not in it (man proc_pid_io)."""
+    with open("/proc/self/io", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("rchar:"))

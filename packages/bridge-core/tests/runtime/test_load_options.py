@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from runtime.load_jobs import changed_head, one_reader
+from runtime.load_jobs import changed_head, one_reader, witnessed
 
 from bridge_core.testing.hf_models import make_model, save_model
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
+
+from fp8_folders import write_fp8  # noqa: E402 - after the skips
 
 HEAD = ("output_layer.weight", "output_layer.bias")
 
@@ -61,3 +65,31 @@ def test_a_changed_head_is_left_alone_and_reported(device_ranks, folders, name, 
     assert all("output_layer" in text for text in refused)
     refused = device_ranks.run(changed_head, folder, layout, (*HEAD, "value_head.weight"), ranks=[0, 1])
     assert all("value_head.weight" in text for text in refused)
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose weights outweigh its headers, plain and in fp8 blocks of the usual size."""
+    folder = tmp_path_factory.mktemp("wide")
+    return {"fp8": write_fp8(folder / "fp8", "qwen3", block=(128, 128), **WIDE), "plain": folder / "plain"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts a process's reads")
+@pytest.mark.parametrize("stored", ["plain", "fp8"])
+@pytest.mark.parametrize(("layout", "one_reader"), [({"tp": 2}, False), ({"tp": 2, "pp": 2}, False), ({"tp": 2}, True)])
+def test_the_kernel_counts_what_the_report_says(device_ranks, wide, stored, layout, one_reader):
+    """Row-parallel weights included: each rank reads its columns, the scales of their blocks, and nothing else."""
+    folder = wide[stored]
+    ranks = range(4 if "pp" in layout else 2)
+    found = device_ranks.run(witnessed, str(folder), layout, one_reader, ranks=ranks)
+    for rank, result in enumerate(found):
+        if one_reader:
+            assert result["read"] == (0 if rank else nbytes(folder))
+        else:
+            assert result["owned"] <= result["read"] <= 1.05 * result["owned"]
+        # The kernel's count has headers, config.json and gloo's messages besides; with a broadcast, all of the weights.
+        if not (one_reader and rank):
+            assert result["read"] <= result["counted"] <= 1.02 * result["read"] + 64 * 1024

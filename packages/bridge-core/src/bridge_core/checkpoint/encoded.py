@@ -7,13 +7,11 @@ Only the rows and columns that a piece needs are read, with what their codes nee
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import TYPE_CHECKING
 
 from bridge_core.checkpoint.safetensors import Encoded, Stored
 from bridge_core.codecs import Codec, Header
-from bridge_core.dtypes import dtype_of
-from bridge_core.geometry import Box, Piece, Shape, View
+from bridge_core.geometry import Box, Shape, View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,31 +64,16 @@ def region(shape: Shape, extents: Shape, view: View) -> tuple[Box, View]:
     return box, view._replace(offset=0, strides=strides)
 
 
-def read_bytes(stored: Stored, piece: Piece) -> int:
-    """Bytes of a file that a piece of a stored tensor is made from; of a quantised one with its scales."""
-    encoded = stored.encoded
-    if encoded is None or not piece.numel:
-        return piece.numel * dtype_of(stored.dtype).itemsize
-    box, _ = region(stored.shape, piece.shape, piece.source)
-    boxes = encoded.codec.regions(encoded.weight, stored.shape, box)
-    return sum(prod(box.shape) * dtype_of(part.dtype).itemsize for part, box in zip(encoded.parts, boxes, strict=True))
-
-
-def decode(stored: Stored, box: Box, array_of: Callable[[Stored], np.ndarray]) -> np.ndarray:
+def decode(stored: Stored, box: Box, read: Callable[[Stored, Box], np.ndarray]) -> np.ndarray:
     """A region of a quantised weight in the dtype that it presents, flat.
 
     Args:
         stored: the weight.
         box: rows and columns.
-        array_of: gives a part as it lies in a file, flat; only what is needed of it is read.
+        read: gives a box of a part, as it lies in a file.
     """
     encoded = stored.encoded
     assert encoded is not None
     boxes = encoded.codec.regions(encoded.weight, stored.shape, box)
-    arrays = [
-        array_of(part).reshape(part.shape)[
-            (*(slice(start, start + size) for start, size in zip(cut.start, cut.shape, strict=True)), ...)
-        ]
-        for part, cut in zip(encoded.parts, boxes, strict=True)
-    ]
+    arrays = [read(part, cut) for part, cut in zip(encoded.parts, boxes, strict=True)]
     return encoded.codec.decode(encoded.weight, stored.shape, box, arrays).reshape(-1)

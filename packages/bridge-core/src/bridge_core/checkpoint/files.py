@@ -8,14 +8,9 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.dtypes import numpy_dtype
 from bridge_core.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 COPY_BUFFER = 16 * 1024 * 1024
 """Bytes that are read at a time where the kernel does not copy by itself."""
@@ -40,16 +35,6 @@ class OpenFiles:
                 self._open[path, write] = found
             return found
 
-    def array(self, stored: Stored) -> np.ndarray:
-        """The elements of a stored tensor, flat, as they lie in the file: nothing is read yet.
-
-        Raises:
-            CheckpointError: the file ends before the tensor does.
-        """
-        import numpy as np
-
-        return np.frombuffer(self.bytes_of(stored), np.uint8).view(numpy_dtype(stored.dtype))
-
     def bytes_of(self, stored: Stored) -> memoryview:
         """The bytes of a stored tensor, mapped: nothing is read yet.
 
@@ -58,7 +43,7 @@ class OpenFiles:
         """
         found = self._map(stored.path)[stored.offset : stored.offset + stored.nbytes]
         if len(found) != stored.nbytes:
-            raise _ended(stored.path, stored.offset + len(found), stored.nbytes - len(found))
+            raise file_ended(stored.path, stored.offset + len(found), stored.nbytes - len(found))
         return found
 
     def _map(self, path: str) -> memoryview:
@@ -101,7 +86,7 @@ def copy_run(source: int, source_offset: int, target: int, target_offset: int, n
     while nbytes:
         count = _copy_some(source, source_offset, target, target_offset, nbytes)
         if count == 0:
-            raise _ended(where, source_offset, nbytes)
+            raise file_ended(where, source_offset, nbytes)
         nbytes -= count
         source_offset += count
         target_offset += count
@@ -123,7 +108,8 @@ def _copy_some(source: int, source_offset: int, target: int, target_offset: int,
 _NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
-def _ended(where: object, offset: int, missing: int) -> CheckpointError:
+def file_ended(where: object, offset: int, missing: int) -> CheckpointError:
+    """The error for a file that ended `missing` bytes too early, at `offset`."""
     return CheckpointError(
         "a file ended while it was being read",
         where=where,

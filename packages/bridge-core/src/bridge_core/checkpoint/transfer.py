@@ -12,7 +12,7 @@ The last two take a target block by block, so memory does not grow with the tens
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import lru_cache, partial
@@ -21,12 +21,12 @@ from operator import itemgetter
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
-from bridge_core.checkpoint.encoded import decode, read_bytes, region
 from bridge_core.checkpoint.files import OpenFiles, copy_run, write_all
 from bridge_core.checkpoint.fp8 import encode
+from bridge_core.checkpoint.reading import Reader, strided
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.codecs import Fp8Blocks
-from bridge_core.dtypes import dtype_of, numpy_dtype
+from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Box, Piece, Shape, View, restrict, row_major, run_length, runs, slabs
 
@@ -84,6 +84,16 @@ def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
             found.append(job)
         before += job.target.nbytes
     return found
+
+
+def in_file_order(parts: Iterable[tuple[Stored, Piece]]) -> tuple[tuple[Stored, Piece], ...]:
+    """Parts of a job by the place of their first byte."""
+    return tuple(sorted(parts, key=lambda part: place_of(*part)))
+
+
+def place_of(source: Stored, piece: Piece) -> tuple[str, int]:
+    """File and offset of the first byte of a piece; of a quantised tensor, as if its codes were of its dtype."""
+    return source.path, source.offset + piece.source.offset * dtype_of(source.dtype).itemsize
 
 
 def transfer(
@@ -172,6 +182,7 @@ class _Worker:
         self, files: OpenFiles, kernel_run: int, gather_run: int, progress: Progress | None, stop: Event
     ) -> None:
         self._files = files
+        self._reader = Reader(files)
         self._writer = _Writer(files)
         self._kernel_run = kernel_run
         self._gather_run = gather_run
@@ -181,7 +192,7 @@ class _Worker:
 
     @property
     def moved(self) -> Moved:
-        return Moved(self._kernel, self._gathered, self._staged, self._read)
+        return Moved(self._kernel, self._gathered, self._staged, self._read + self._reader.nbytes)
 
     def run(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -245,13 +256,12 @@ class _Worker:
         import numpy as np
 
         itemsize = dtype_of(job.target.dtype).itemsize
-        for first, buffer in gather(job, self._files):
+        for first, buffer in gather(job, self._reader):
             if job.target.encoded:
                 self._encode(descriptor, job.target, first, buffer)
                 continue
             write_all(descriptor, buffer.view(np.uint8).data, job.target.offset + first * itemsize)
             self._staged += buffer.nbytes
-        self._read += sum(read_bytes(source, piece) for source, piece in job.parts)
 
     def _encode(self, descriptor: int, target: Stored, first: int, buffer: np.ndarray) -> None:
         """Write whole rows of blocks of a quantised target, from the element `first` on, and their scales."""
@@ -270,34 +280,41 @@ class _Worker:
         self._staged += codes.nbytes + scales.nbytes
 
 
-def gather(job: Job, files: OpenFiles) -> Iterator[tuple[int, np.ndarray]]:
-    """The target of a job, assembled in memory block by block: the first element's number, and the block, flat."""
+def gather(job: Job, reader: Reader, into: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """The target of a job, assembled in memory block by block: the first element's number, and the block, flat.
+
+    Args:
+        into: memory of the whole target, flat and in its dtype, of which the blocks are then parts. Without it a block
+            lies in the reader's memory, where the next one of the same reader replaces it.
+    """
+    for first, numel, parts in blocks(job):
+        block = reader.block(numel, job.target.dtype) if into is None else into[first : first + numel]
+        _assemble(block, job, parts, reader)
+        yield first, block
+
+
+def _assemble(block: np.ndarray, job: Job, parts: Sequence[tuple[Stored, Piece]], reader: Reader) -> None:
     import numpy as np
 
-    for first, numel, parts in blocks(job):
-        buffer = np.zeros(numel, numpy_dtype(job.target.dtype))
-        for source, piece in parts:
-            view = strided(buffer, piece.shape, piece.target.offset, piece.target.strides)
-            values = values_of(source, piece, files)
-            if job.shift:
-                values = values.astype(np.float32) + np.float32(job.shift)
-            with np.errstate(over="ignore", invalid="ignore"):
-                view[...] = values
-                if _LARGEST.get(job.target.dtype, inf) < _LARGEST.get(source.dtype, inf):
-                    _check_range(view, values, job.target.dtype, source)
-        yield first, buffer
+    dtype = job.target.dtype
+    if sum(piece.numel for _, piece in parts) < block.size:
+        block.view(np.uint8).fill(0)  # some of it is padding
+    for source, piece in parts:
+        as_stored = source.dtype == dtype and not source.encoded and not job.shift
+        if as_stored and reader.straight(source, piece, block):
+            continue
+        view = strided(block, piece.shape, piece.target.offset, piece.target.strides)
+        values = reader.values(source, piece)
+        if job.shift:
+            values = values.astype(np.float32) + np.float32(job.shift)
+        with np.errstate(over="ignore", invalid="ignore"):
+            view[...] = values
+            if _LARGEST.get(dtype, inf) < _LARGEST.get(source.dtype, inf):
+                _check_range(view, values, dtype, source)
 
 
 # The largest finite value of each floating-point type that may be asked for.
 _LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**104}
-
-
-def values_of(source: Stored, piece: Piece, files: OpenFiles) -> np.ndarray:
-    """The elements of a stored tensor that a piece takes, in the piece's shape; of a quantised one, decoded."""
-    if source.encoded is None or not piece.numel:
-        return strided(files.array(source), piece.shape, piece.source.offset, piece.source.strides)
-    box, view = region(source.shape, piece.shape, piece.source)
-    return strided(decode(source, box, files.array), piece.shape, view.offset, view.strides)
 
 
 def _check_range(view: np.ndarray, values: np.ndarray, dtype: str, source: Stored) -> None:
@@ -322,13 +339,6 @@ def _check_range(view: np.ndarray, values: np.ndarray, dtype: str, source: Store
 @lru_cache(maxsize=4096)
 def _run_length(shape: Shape, source: Shape, target: Shape) -> int:
     return run_length(Piece(shape, View("", 0, source), View("", 0, target)))
-
-
-def strided(array: np.ndarray, shape: Sequence[int], offset: int, strides: Sequence[int]) -> np.ndarray:
-    """A view on a flat array; offset and strides in elements."""
-    from numpy.lib.stride_tricks import as_strided
-
-    return as_strided(array[offset:], shape, [stride * array.itemsize for stride in strides])
 
 
 def blocks(job: Job) -> Iterator[tuple[int, int, list[tuple[Stored, Piece]]]]:

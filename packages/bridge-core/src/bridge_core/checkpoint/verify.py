@@ -25,6 +25,7 @@ from bridge_core.checkpoint.hf_layout import lay_out_files
 from bridge_core.checkpoint.inspect import Kind, kind_of
 from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
+from bridge_core.checkpoint.reading import Reader
 from bridge_core.checkpoint.transfer import Job, Progress, gather, in_threads
 from bridge_core.checkpoint.variant import PLAIN, Variant
 from bridge_core.checkpoint.wiring import export_jobs
@@ -317,10 +318,11 @@ def _compare_contents(
     stop = Event()
 
     def compare(files: OpenFiles, names: Sequence[str]) -> None:
+        readers = Reader(files), Reader(files)
         for name in names:
             if stop.is_set():
                 return
-            if (element := _first_difference(*pairs[name], files)) is not None:
+            if (element := _first_difference(pairs[name], readers)) is not None:
                 differing[name] = element
             progress(pairs[name][0].target.nbytes)
 
@@ -330,29 +332,29 @@ def _compare_contents(
         in_threads([partial(compare, files, names[number::workers]) for number in range(workers)], stop)
         found: list[Difference] = []
         for name in filter(differing.__contains__, names):
-            a, b = (_content_hash(job, files) if len(found) < limit else None for job in pairs[name])
+            a, b = (_content_hash(job, Reader(files)) if len(found) < limit else None for job in pairs[name])
             found.append(Difference("content", name, a, b, differing[name]))
     return found
 
 
-def _first_difference(a: Job, b: Job, files: OpenFiles) -> Shape | None:
+def _first_difference(pair: tuple[Job, Job], readers: tuple[Reader, Reader]) -> Shape | None:
     """The index of the first element whose bytes differ, or None."""
     import numpy as np
 
     # Where a block ends depends on shape and dtype alone, which are equal here.
-    for (first, left), (_, right) in zip(gather(a, files), gather(b, files), strict=True):
+    for (first, left), (_, right) in zip(*map(gather, pair, readers), strict=True):
         # As bytes: two zeros of different sign are different, a NaN equals itself.
         if not np.array_equal(left.view(np.uint8), right.view(np.uint8)):
             unlike = (left.view(np.uint8) != right.view(np.uint8)).argmax()
-            index = np.unravel_index(first + int(unlike) // left.itemsize, a.target.shape)
+            index = np.unravel_index(first + int(unlike) // left.itemsize, pair[0].target.shape)
             return tuple(int(number) for number in index)
     return None
 
 
-def _content_hash(job: Job, files: OpenFiles) -> str:
+def _content_hash(job: Job, reader: Reader) -> str:
     import numpy as np
 
     digest = blake2b(digest_size=16)
-    for _, block in gather(job, files):
+    for _, block in gather(job, reader):
         digest.update(block.view(np.uint8).data)
     return digest.hexdigest()

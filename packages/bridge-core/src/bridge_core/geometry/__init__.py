@@ -17,6 +17,7 @@ from bridge_core.geometry.pieces import (
     row_major,
     run_length,
     runs,
+    series,
     slabs,
     whole,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "row_major",
     "run_length",
     "runs",
+    "series",
     "slabs",
     "tiling_error",
     "whole",

@@ -227,16 +227,30 @@ def run_length(piece: Piece) -> int:
 
 def runs(piece: Piece) -> Iterator[Run]:
     """The copy as contiguous runs, in the order of the target."""
+    for first, count, source_step, target_step in series(piece):
+        source, target, length = first
+        for _ in range(count):
+            yield Run(source, target, length)
+            source += source_step
+            target += target_step
+
+
+def series(piece: Piece) -> Iterator[tuple[Run, int, int, int]]:
+    """Runs in the order of the target, those at even distances as one: the first, how many, and the steps between
+    them on the source and on the target. There may be many thousand runs, but few series."""
     piece = coalesce(piece)
     length = run_length(piece)
     outer = piece.shape[:-1] if length > 1 else piece.shape
     source, target = piece.source.strides, piece.target.strides
+    *outer, count = outer or (1,)
+    steps = (source[len(outer)], target[len(outer)]) if source else (0, 0)
     for index in product(*map(range, outer)):
-        yield Run(
+        first = Run(
             piece.source.offset + sum(i * s for i, s in zip(index, source, strict=False)),
             piece.target.offset + sum(i * t for i, t in zip(index, target, strict=False)),
             length,
         )
+        yield first, count, steps[0], steps[1]
 
 
 def in_source_order(piece: Piece) -> Piece:

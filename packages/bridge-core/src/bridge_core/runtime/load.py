@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.copies import check_copies
-from bridge_core.checkpoint.encoded import read_bytes
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
+from bridge_core.checkpoint.reading import Reader
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, gather, in_threads
+from bridge_core.checkpoint.transfer import Job, in_file_order, in_threads, place_of, share
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields
@@ -23,8 +25,11 @@ from bridge_core.patterns import fill as fill_name
 from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel, matches, open_live
 from bridge_core.runtime.node_load import NodeTally, fill_from_node
-from bridge_core.runtime.tensors import dtype_name, flat, from_numpy
+from bridge_core.runtime.tensors import dtype_name, flat, host_memory, read_into
 from bridge_core.runtime.workers import TorchWorkers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class LoadReport:
 
     Attributes:
         parameters: parameters filled.
-        bytes_read: bytes of HF tensors that this rank read, as they are stored: of quantised ones with their scales.
+        bytes_read: bytes that this rank asked of the weight files, counted at the reads: what its parameters are made
+            from, as it is stored, of quantised ones with their scales. Headers are not in it.
         ignored: HF tensors left out, by name.
         left: parameters left as they were, because `allowed_mismatched` names them; on any rank.
         broadcasts: broadcasts within the node, where only one of its ranks reads.
@@ -165,12 +171,6 @@ def _check_node(node_group: Any) -> None:
         )
 
 
-def _own_bytes(live: LiveModel, folder: HfFolder) -> int:
-    return sum(
-        read_bytes(folder.tensors[piece.source.tensor], piece) for shard in live.shards for piece in shard.pieces
-    )
-
-
 def _inventory(live: LiveModel, folder: HfFolder, allowed: Collection[str]) -> dict[str, Shape]:
     """Shapes of the folder's tensors; those of excepted parameters are taken to be as the plan has them."""
     if not allowed:
@@ -223,23 +223,32 @@ def default_group() -> Any:
 
 
 def _fill(live: LiveModel, folder: HfFolder, threads: int) -> NodeTally:
-    """Fill all parameters with what this rank reads itself."""
+    """Fill all parameters with what this rank reads itself, each thread going once through its part of the files."""
+    work = sorted(((_job(live, folder, shard), flat(live.tensor(shard))) for shard in live.shards), key=_place)
+    rest = iter(work)
+    shares = [share([job for job, _ in work], number, threads) for number in range(threads)]
     stop = Event()
     with ExitStack() as stack:
         files = OpenFiles(stack)
-        parts = [live.shards[number::threads] for number in range(threads)]
-        tasks = [lambda part=part: _fill_some(live, part, folder, files, stop) for part in parts if part]
-        if tasks:  # a pipeline stage may hold nothing at all
-            in_threads(tasks, stop)
-    return NodeTally(_own_bytes(live, folder), 0)
+        readers = [Reader(files, host_memory(live.device)) for _ in shares]
+        parts = [list(islice(rest, len(jobs))) for jobs in shares]  # shares follow one another
+        in_threads([partial(_fill_some, *both, stop) for both in zip(parts, readers, strict=True)], stop)
+    return NodeTally(sum(reader.nbytes for reader in readers), 0)
 
 
-def _fill_some(live: LiveModel, shards: Sequence[Shard], folder: HfFolder, files: OpenFiles, stop: Event) -> None:
-    for shard in shards:
+def _job(live: LiveModel, folder: HfFolder, shard: Shard) -> Job:
+    parts = [(folder.tensors[piece.source.tensor], piece) for piece in shard.pieces]
+    target = Stored("", 0, dtype_name(live.tensor(shard)), shard.shape)
+    return Job(target, in_file_order(parts), shift=live.plan.entry(shard.entry).shift)
+
+
+def _place(work: tuple[Job, Tensor]) -> tuple[str, int]:
+    """Where the first byte of a job lies; of one that is padding alone, nowhere."""
+    return place_of(*work[0].parts[0]) if work[0].parts else ("", 0)
+
+
+def _fill_some(work: Sequence[tuple[Job, Tensor]], reader: Reader, stop: Event) -> None:
+    for job, target in work:
         if stop.is_set():
             return
-        target = flat(live.tensor(shard))
-        parts = tuple((folder.tensors[piece.source.tensor], piece) for piece in shard.pieces)
-        job = Job(Stored("", 0, dtype_name(target), shard.shape), parts, shift=live.plan.entry(shard.entry).shift)
-        for first, block in gather(job, files):
-            target[first : first + block.size].copy_(from_numpy(block, job.target.dtype))
+        read_into(target, job, reader, stop)

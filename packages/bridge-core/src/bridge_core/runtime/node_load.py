@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder
-from bridge_core.checkpoint.transfer import Job, gather
+from bridge_core.checkpoint.reading import Reader
+from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece, View, row_major
 from bridge_core.plan import Shard
 from bridge_core.runtime.devices import agreed_device
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.tensors import cast, dtype_name, flat, from_numpy, staging, torch_dtype, window
+from bridge_core.runtime.tensors import cast, dtype_name, flat, host_memory, read_into, staging, torch_dtype, window
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
@@ -62,16 +63,15 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
     room = jointly(TorchWorkers(node_group), lambda: staging(max(sizes, default=0), live.device))
     reader = node_group.rank() == 0
     failure: Exception | None = None
-    read = broadcasts = 0
+    broadcasts = 0
     _clear_padding(live)
     with ExitStack() as stack:
-        files = OpenFiles(stack)
+        reading = Reader(OpenFiles(stack), host_memory(live.device))
         for bucket, size in zip(buckets, sizes, strict=True):
             data = room[:size]
             data[-1] = 0
             if reader and failure is None:
-                failure = _guarded(_read, bucket, folder, files, data)
-                read += sum(folder.tensors[name].disk_bytes for name, _ in bucket)
+                failure = _guarded(_read, bucket, folder, reading, data)
             if failure is not None and reader:
                 data[-1] = 1
             dist.broadcast(data, group=node_group, group_src=0)
@@ -81,7 +81,7 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
             failure = failure or _guarded(_copy, bucket, folder, live, mine, data)
     if failure is not None:
         raise failure
-    return NodeTally(read, broadcasts)
+    return NodeTally(reading.nbytes, broadcasts)
 
 
 def _guarded(step: Any, *arguments: Any) -> Exception | None:
@@ -115,14 +115,12 @@ def _clear_padding(live: LiveModel) -> None:
             live.tensor(shard).detach()[region] = 0
 
 
-def _read(bucket: list[tuple[str, int]], folder: HfFolder, files: OpenFiles, data: Tensor) -> None:
+def _read(bucket: list[tuple[str, int]], folder: HfFolder, reader: Reader, data: Tensor) -> None:
     for name, at in bucket:
         stored = folder.tensors[name]
         view = View(name, 0, row_major(stored.shape))
         job = Job(stored._replace(encoded=None), ((stored, Piece(stored.shape, view, view)),))
-        part = _part(data, at, stored)
-        for first, block in gather(job, files):
-            part[first : first + block.size].copy_(from_numpy(block, stored.dtype))
+        read_into(_part(data, at, stored), job, reader)
 
 
 def _copy(

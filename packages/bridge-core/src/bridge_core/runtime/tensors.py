@@ -1,14 +1,19 @@
-"""Between torch tensors and the bytes of files: dtypes, flat views, strided views."""
+"""Between torch tensors and the bytes of files: dtypes, flat views, strided views, reading."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.dtypes import dtype_of
+from bridge_core.checkpoint.reading import Reader
+from bridge_core.checkpoint.transfer import Job, gather
+from bridge_core.dtypes import dtype_of, numpy_dtype
 from bridge_core.errors import CheckpointError
 from bridge_core.geometry import Shape, View
 
 if TYPE_CHECKING:
+    from threading import Event
+
     import numpy as np
     from torch import Tensor
 
@@ -64,6 +69,39 @@ def from_numpy(array: np.ndarray, dtype: str) -> Tensor:
     import torch
 
     return torch.from_numpy(array.view(np.uint8)).view(torch_dtype(dtype))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A flat array that shares the memory of a flat tensor on the CPU, also of dtypes that torch cannot hand over."""
+    import torch
+
+    return tensor.view(torch.uint8).numpy().view(numpy_dtype(dtype_name(tensor)))
+
+
+def read_into(target: Tensor, job: Job, reader: Reader, stop: Event | None = None) -> None:
+    """Fill a flat tensor with the target of a job, of the same dtype.
+
+    On the CPU the bytes are read to where they belong, elsewhere block by block through the memory of the reader.
+
+    Args:
+        stop: ends the work after the block in hand, once it is set.
+    """
+    on_cpu = target.device.type == "cpu"
+    for first, block in gather(job, reader, into=to_numpy(target) if on_cpu else None):
+        if not on_cpu:
+            target[first : first + block.size].copy_(from_numpy(block, job.target.dtype))
+        if stop is not None and stop.is_set():
+            return
+
+
+def host_memory(device: Any) -> Callable[[int], np.ndarray]:
+    """What makes memory that a device copies from: pinned for a GPU, so that its copy engine reads it directly."""
+    import torch
+
+    def allocate(nbytes: int) -> np.ndarray:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda").numpy()
+
+    return allocate
 
 
 def default_device() -> Any:

@@ -18,16 +18,17 @@ from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.keys import Place, places, written_forms
 from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan
+from bridge_core.checkpoint.reading import Reader
 from bridge_core.checkpoint.run_config import write_run_config
 from bridge_core.checkpoint.safetensors import Stored
-from bridge_core.checkpoint.transfer import Job, gather
+from bridge_core.checkpoint.transfer import Job
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import restrict
 from bridge_core.plan import Plan
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.megatron_ckpt import MegatronReport, load_live, save_live
 from bridge_core.runtime.megatron_state import count_adapters, fill_module, sharded_chunk
-from bridge_core.runtime.tensors import from_numpy, torch_dtype
+from bridge_core.runtime.tensors import read_into, torch_dtype
 from bridge_core.topology import ParallelLayout
 from bridge_mimo.checkpoint.stored import components_section
 from bridge_mimo.components import PREDICTION, Components
@@ -172,12 +173,12 @@ def _carried(components: Components, source: HfFolder, ignore: Sequence[str]) ->
     rank, size = dist.get_rank(), dist.get_world_size()
     state: dict[str, Any] = {}
     with ExitStack() as stack:
-        files = OpenFiles(stack)
+        reader = Reader(OpenFiles(stack))
         for number, (place, job) in enumerate(_carried_jobs(components, source, ignore)):
             if number % size == rank:
                 stacked = [(axis, at, n) for axis, (at, n) in enumerate(zip(place.stack, place.extents, strict=True))]
                 state[f"{place.key}/{place.stack}"] = ShardedTensor.from_rank_offsets(
-                    place.key, _read(job, files), *stacked, prepend_axis_num=len(stacked)
+                    place.key, _read(job, reader), *stacked, prepend_axis_num=len(stacked)
                 )
     return state
 
@@ -199,10 +200,9 @@ def _carried_jobs(components: Components, source: HfFolder, ignore: Sequence[str
                 yield place, Job(Stored("", 0, parts[0][0].dtype, shape), parts, shift=entry.shift)
 
 
-def _read(job: Job, files: OpenFiles) -> Tensor:
+def _read(job: Job, reader: Reader) -> Tensor:
     import torch
 
     made = torch.empty(job.target.nbytes // dtype_of(job.target.dtype).itemsize, dtype=torch_dtype(job.target.dtype))
-    for first, block in gather(job, files):
-        made[first : first + block.size].copy_(from_numpy(block, job.target.dtype))
+    read_into(made, job, reader)
     return made.view(job.target.shape)

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from bridge_core.checkpoint.encoded import decode
 from bridge_core.checkpoint.files import OpenFiles
 from bridge_core.checkpoint.hf_folder import HfFolder
-from bridge_core.geometry import whole
+from bridge_core.checkpoint.reading import Reader
+from bridge_core.geometry import Piece, View, row_major
 from bridge_core.runtime.tensors import from_numpy
 from bridge_quant_export.folders.open import QuantizedFolder
 from bridge_quant_export.formats.packing import unpack
@@ -33,11 +33,10 @@ class Values:
     def tensor(self, folder: HfFolder, name: str) -> Tensor:
         """One tensor of an `HfFolder`; a packed weight, where the folder was opened with its codec, dequantised."""
         stored = folder.tensors[name]
-        if stored.encoded is None:
-            found = self._files.array(stored).copy()
-        else:
-            found = decode(stored, whole(stored.shape), self._files.array)
-        return from_numpy(found, stored.dtype).reshape(stored.shape)
+        view = View(name, 0, row_major(stored.shape))
+        # A reader of its own, whose memory nobody uses again.
+        found = Reader(self._files).values(stored, Piece(stored.shape, view, view))
+        return from_numpy(found.reshape(-1), stored.dtype).reshape(stored.shape)
 
     def packed(self, found: QuantizedFolder, module: str) -> dict[str, Tensor]:
         """The tensors of a quantised module, by suffix."""

@@ -27,14 +27,15 @@ from bridge_core.checkpoint.hf_output import (
 from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan, open_megatron
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
-from bridge_core.checkpoint.transfer import Job, gather
+from bridge_core.checkpoint.reading import Reader
+from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.wiring import Wired, export_jobs
 from bridge_core.checkpoint.workers import Alone, Workers, jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.geometry import whole
 from bridge_core.plan import Plan
-from bridge_core.runtime.tensors import cast, from_numpy, torch_dtype
+from bridge_core.runtime.tensors import cast, read_into, torch_dtype
 from bridge_quant_export.formats.format import WRITERS, Writer
 from bridge_quant_export.formats.kv_cache import pack_kv
 from bridge_quant_export.formats.packing import pack
@@ -231,6 +232,7 @@ def _fill(ready: _Ready, folder: Path, rank: int, size: int, writer: Writer, kv_
     written = 0
     with ExitStack() as stack:
         files = OpenFiles(stack)
+        reader = Reader(files)
 
         def put(name: str, tensor: Tensor) -> None:
             nonlocal written
@@ -239,7 +241,7 @@ def _fill(ready: _Ready, folder: Path, rank: int, size: int, writer: Writer, kv_
             written += write_all(files.descriptor(str(folder / file), write=True), data, offset)
 
         for name, job in _share(list(_jobs(ready)), rank, size):
-            tensor = _whole(job, files)
+            tensor = _whole(job, reader)
             found = weights.get(ready.plan.copies[name].of if name in ready.plan.copies else name)
             if found is None or found[0].state is None:
                 put(name, tensor)
@@ -276,11 +278,10 @@ def _share(jobs: list[tuple[str, Job]], rank: int, size: int) -> list[tuple[str,
     return mine
 
 
-def _whole(job: Job, files: OpenFiles) -> Tensor:
+def _whole(job: Job, reader: Reader) -> Tensor:
     """The tensor of a job, in memory."""
     found = torch.empty(job.target.shape, dtype=torch_dtype(job.target.dtype)).view(-1)
-    for first, block in gather(job, files):
-        found[first : first + block.size] = from_numpy(block, job.target.dtype)
+    read_into(found, job, reader)
     return found.view(job.target.shape)
 
 
