@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core.models.mimo.comm", reason="live components need megatron-core 0.17")
 pytest.importorskip("transformers", reason="configurations are transformers'")
 
-from memory_jobs import peaks_of_exports
+from mimo_memory_jobs import peaks_of_exports
 
 MATRIX = 2048 * 512 * 4
 """Bytes of the largest tensor of the folder: the projections of an MLP."""

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from runtime.load_jobs import changed_head, one_reader, witnessed
 
-from bridge_core.testing.hf_models import make_model, save_model
-
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
@@ -16,19 +14,6 @@ pytest.importorskip("transformers", reason="the oracle is transformers")
 from fp8_folders import write_fp8  # noqa: E402 - after the skips
 
 HEAD = ("output_layer.weight", "output_layer.bias")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """HF folder of each model, made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = save_model(make_model(name), tmp_path_factory.mktemp(name) / "hf", max_shard_size="300KB")
-        return made[name]
-
-    return make
 
 
 def nbytes(folder):

@@ -6,7 +6,6 @@ import pytest
 from runtime.megatron_jobs import load, load_refused, save
 
 from bridge_core import AutoBridge, ParallelLayout
-from bridge_core.testing.hf_models import make_model, save_model
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -18,19 +17,6 @@ CASES = [
     ("qwen3", {"pp": 2, "vpp": 2}, {"dp": 2}),
     ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, {"pp": 2, "ep": 2, "dp": 2}),
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """HF folder of each model, made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = save_model(make_model(name), tmp_path_factory.mktemp(name) / "hf", max_shard_size="300KB")
-        return made[name]
-
-    return make
 
 
 def ranks(layout):

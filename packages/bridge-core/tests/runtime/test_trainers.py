@@ -16,24 +16,10 @@ from runtime.trainer_jobs import (
 from bridge_core import export_ckpt, verify
 from bridge_core.errors import ConfigError
 from bridge_core.runtime.load import default_group
-from bridge_core.testing.hf_models import make_model, save_model
 
 pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the models are transformers'")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """HF folders of models, each made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = save_model(make_model(name), tmp_path_factory.mktemp(name) / "hf", max_shard_size="300KB")
-        return made[name]
-
-    return make
 
 
 def test_a_kept_stream_sends_what_the_model_has_now(rank_pool, folders):
