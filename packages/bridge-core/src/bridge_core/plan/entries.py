@@ -10,12 +10,35 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields, Table
 from bridge_core.geometry import Box, Piece, Shape, View, row_major, tiling_error
 from bridge_core.patterns import alternatives, at_layer, fill, holes
 from bridge_core.rules import Dims, Rule, Split, Tensor
+
+
+class OpenPiece(NamedTuple):
+    """A piece of one layer whose HF name lacks the number of an expert, given as the parts around it."""
+
+    shape: Shape
+    source: tuple[str, ...]
+    offset: int
+    shift: int
+    source_strides: Shape
+    to: int
+    target_strides: Shape
+
+
+def filled(pieces: list[OpenPiece], expert: int, target: str) -> list[Piece]:
+    """The pieces of one expert, moved to its place in stacked HF tensors, into the parameter `target`."""
+    number = str(expert)
+    # This runs for every parameter of every rank: two calls for each piece, and no attribute is looked up.
+    return [
+        Piece(shape, View(number.join(parts), at + shift * expert, strides), View(target, to, steps))
+        for shape, parts, at, shift, strides, to, steps in pieces
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +107,13 @@ class Entry:
 
         `target` is the name on the Megatron side, where it is not the canonical one.
         """
-        number = str(expert)
-        into = number.join(at_layer(self.name, layer)) if target is None else target
-        # Built anew from parts: this runs for every parameter of every rank, and `_replace` costs three times as much.
+        into = fill(self.name, layer, expert) if target is None else target
+        return filled(self.opened(pieces, layer), expert, into)
+
+    def opened(self, pieces: tuple[Piece, ...], layer: int) -> list[OpenPiece]:
+        """`pieces` with the layer's number in their names, for `filled`: what all experts of the layer share."""
         return [
-            Piece(
-                shape,
-                View(number.join(at_layer(name, layer)), at + self.shifts[name] * expert, strides),
-                View(into, to, steps),
-            )
+            OpenPiece(shape, at_layer(name, layer), at, self.shifts[name], strides, to, steps)
             for shape, (name, at, strides), (_, to, steps) in pieces
         ]
 

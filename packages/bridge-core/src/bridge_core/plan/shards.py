@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bridge_core.geometry import Box, Piece, Shape
 from bridge_core.patterns import at_layer
-from bridge_core.plan.entries import Entry
+from bridge_core.plan.entries import Entry, filled
 from bridge_core.plan.placement import DECODER_LAYERS, EMBEDDING, OUTPUT
 from bridge_core.topology import PipelineStage
 
@@ -52,9 +52,10 @@ def shards_of(
     offset = stage.layer_offset if entry.block == DECODER_LAYERS else 0
     for layer in layers:
         names, params = at_layer(entry.name, layer), at_layer(local, layer - offset)
+        opened = entry.opened(form.pieces, layer)
         for expert in experts:
             param = str(expert - experts.start).join(params)
-            pieces = tuple(entry.instance(form.pieces, layer, expert, param))
+            pieces = tuple(filled(opened, expert, param))
             name = str(expert).join(names)
             yield Shard(param, stage.vp_stage, name, form.shape, pieces, form.pad, entry.name, layer, expert)
 
