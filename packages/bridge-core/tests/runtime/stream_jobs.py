@@ -162,6 +162,46 @@ def leave(path: str, layout: dict[str, Any], way: str, at: int):
     return told, len(seen), count, again
 
 
+def fail(path: str, layout: dict[str, Any], way: str):
+    """Rank 1 cannot fill its part of the third bucket; what this rank is told, and what it streams afterwards."""
+    import torch
+    import torch.distributed as dist
+
+    from bridge_core import BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    zeros, made = torch.zeros, []
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        if len(made) == 3:
+            raise MemoryError("no memory left on this rank")
+        return zeros(*args, **kwargs)
+
+    with host_backend():
+        bridge, chunks = _load(path, layout)
+        stream = bridge.stream(chunks, dtype="float16", bucket_bytes=20_000)
+        largest = [parameter.detach().view(-1)[:1] for chunk in chunks for parameter in chunk.parameters()]
+        kept = [value.clone() for value in largest]
+        seen: list[str] = []
+        try:
+            if dist.get_rank() == 1 and way == "memory":
+                torch.zeros = scarce
+            elif dist.get_rank() == 1:
+                for value in largest:
+                    value.fill_(1e30)
+            seen += (name for name, _ in stream)
+            told = "no error"
+        except (BridgeError, MemoryError) as error:
+            told = f"{type(error).__name__}: {error}"
+        finally:
+            torch.zeros = zeros
+            for value, before in zip(largest, kept, strict=True):
+                value.copy_(before)
+        again = {name: tensor.clone() for name, tensor in bridge.export_hf_weights(chunks)}
+    return told, seen, again
+
+
 class HookError(Exception):
     """What a caller's hook raises."""
 

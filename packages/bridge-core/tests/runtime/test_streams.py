@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import pytest
-from runtime.stream_jobs import export, leave, train_and_stream_again
+from runtime.stream_jobs import export, fail, leave, train_and_stream_again
 
 from bridge_core import ParallelLayout
 from bridge_core.testing.hf_models import make_model, save_model
@@ -163,3 +163,23 @@ def test_a_hook_that_fails_on_one_rank_is_heard_by_all(device_ranks, sources, wa
         else:
             assert "worker 1 failed: it left the stream" in text
             assert seen < count or at < 0
+
+
+@pytest.mark.parametrize(
+    ("way", "own"),
+    [
+        ("memory", "MemoryError: no memory left on this rank"),
+        ("value", "CheckpointError: values do not fit into torch.float16"),
+    ],
+)
+def test_a_rank_that_cannot_fill_a_bucket_says_why_to_all(device_ranks, sources, way, own):
+    source = sources("qwen3")
+    told = device_ranks.run(fail, source.folder, {"tp": 2, "pp": 2}, way, ranks=range(4), timeout_s=60)
+    for rank, (text, seen, again) in enumerate(told):
+        assert equal(again, source.tensors)
+        assert len(seen) < len(source.tensors)
+        if rank == 1:
+            assert text.startswith(own)
+        else:
+            assert text.startswith("WorkerError: worker 1 failed: ")
+            assert own.partition(": ")[2] in text

@@ -52,6 +52,23 @@ class Block(NamedTuple):
     box: Box
 
 
+class _Cut(NamedTuple):
+    """The part of a piece that lies in a block: from the block (source) to the flat parameter (target)."""
+
+    number: int  # of the block, in its round
+    dtype: str
+    shard: Shard
+    piece: Piece
+
+
+class _Round(NamedTuple):
+    """One exchange, as a rank sees it: the blocks that it writes, and what it sends to and gets from each rank."""
+
+    blocks: Sequence[Block]
+    sending: list[list[_Cut]]
+    coming: list[list[_Cut]]
+
+
 # HF name -> the pieces of it that a rank sends, each with the parameter that it lies in.
 Holdings = Mapping[str, Sequence[tuple[Shard, Piece]]]
 
@@ -79,7 +96,7 @@ def takes_turn(plan: Plan, rank: int, number: int, shard: Shard) -> bool:
 class WholeFiles:
     """The weight files of a save, each written by its owner alone.
 
-    Making one communicates nothing, and takes the memory of all rounds.
+    Making one communicates nothing, plans all rounds, and takes the memory of the largest.
 
     Args:
         live: the model; rank `r` of its layout is rank `r` of the group.
@@ -92,7 +109,7 @@ class WholeFiles:
     def __init__(
         self, live: LiveModel, layout: HfLayout, group: Any, bucket_bytes: int, left: Collection[str] = ()
     ) -> None:
-        self.live, self._group, self._left = live, group, frozenset(left)
+        self.live, self._group = live, group
         self._rank, self._size = group.rank(), group.size()
         if (self._rank, self._size) != (live.rank, live.plan.layout.world_size):
             raise LayoutError(
@@ -104,36 +121,27 @@ class WholeFiles:
             )
         owners = owners_of([file.nbytes for file in layout.files], self._size)
         self._files = {rank: [f for f, r in zip(layout.files, owners, strict=True) if r == rank] for rank in owners}
-        self._limit = max(1, bucket_bytes // max(len(self._files), 1))
+        self._rounds = self._planned(max(1, bucket_bytes // max(len(self._files), 1)), frozenset(left))
         self._device = live.device
-        self._out = self._buffer(min(bucket_bytes, layout.nbytes))
-        self._in = self._buffer(min(self._limit, layout.nbytes) if self._rank in self._files else 0)
+        self._out = self._buffer(max((sum(map(_nbytes, each.sending)) for each in self._rounds), default=0))
+        self._in = self._buffer(max((sum(map(_nbytes, each.coming)) for each in self._rounds), default=0))
         self._failure: Exception | None = None
         self._written = self._sent = 0
         self._opened: list[str] = []
 
-    def write(self, folder: Path) -> Sent:
-        """Make and fill the files in an existing folder, where none of them exists. Collective over the group.
-
-        If a rank fails, all stop in the next round; that rank raises, the others return.
-        """
+    def _planned(self, limit: int, left: Collection[str]) -> list[_Round]:
+        """All rounds. Those of every rank have the same number, and what one sends is what the other gets."""
         mine = holdings(self.live.plan, self._rank)
         theirs = self._of_my_files(mine)
-        rounds = {rank: rounds_of(files, self._limit, self._left) for rank, files in sorted(self._files.items())}
-        done = 0
-        with ExitStack() as stack:
-            files = OpenFiles(stack)
-            self._guarded(self._create, folder)
-            for blocks in zip_longest(*rounds.values(), fillvalue=()):
-                asked = dict(zip(rounds, blocks, strict=True))
-                coming = self._exchanged(mine, theirs, asked)
-                if coming is None:
-                    break
-                done += 1
-                self._guarded(self._write, folder, asked.get(self._rank, ()), coming, files)
-        if self._failure is not None:
-            raise self._failure
-        return Sent(self._written, self._sent, done, tuple(self._opened))
+        asked = {rank: rounds_of(files, limit, left) for rank, files in sorted(self._files.items())}
+        found: list[_Round] = []
+        for each in zip_longest(*asked.values(), fillvalue=()):
+            blocks = dict(zip(asked, each, strict=True))
+            sending = [_cuts(mine, blocks.get(rank, ())) for rank in range(self._size)]
+            own = blocks.get(self._rank, ())
+            coming = [_cuts(held, own) for held in theirs] or [[] for _ in range(self._size)]
+            found.append(_Round(own, sending, coming))
+        return found
 
     def _of_my_files(self, mine: Holdings) -> list[Holdings]:
         """What each rank sends of the tensors in this rank's files; nothing is planned where there are none."""
@@ -142,32 +150,42 @@ class WholeFiles:
             return []
         return [mine if rank == self._rank else holdings(self.live.plan, rank, names) for rank in range(self._size)]
 
+    def write(self, folder: Path) -> Sent:
+        """Make and fill the files in an existing folder, where none of them exists. Collective over the group.
+
+        If a rank fails, all stop in the next round; that rank raises, the others return.
+        """
+        done = 0
+        with ExitStack() as stack:
+            files = OpenFiles(stack)
+            self._guarded(self._create, folder)
+            for each in self._rounds:
+                if not self._exchanged(each):
+                    break
+                done += 1
+                self._guarded(self._write, folder, each, files)
+        if self._failure is not None:
+            raise self._failure
+        return Sent(self._written, self._sent, done, tuple(self._opened))
+
     def _create(self, folder: Path) -> None:
         for file in self._files.get(self._rank, ()):
             self._opened.append(file.name)
             create_file(folder / file.name, file.nbytes, file.header)
 
-    def _exchanged(
-        self, mine: Holdings, theirs: Sequence[Holdings], asked: Mapping[int, Sequence[Block]]
-    ) -> list[list[_Cut]] | None:
-        """Send every owner what this rank holds of the blocks it asks for, and take in what all ranks send this one.
+    def _exchanged(self, each: _Round) -> bool:
+        """Send every owner what this rank holds of its blocks, and take in what all ranks send this one.
 
         Returns:
-            What lies in the buffer of received bytes, message by message; None if a rank has failed.
+            Whether no rank has failed.
         """
         import torch.distributed as dist
 
-        sending = [_cuts(mine, asked.get(rank, ())) for rank in range(self._size)]
-        coming = [_cuts(held, asked[self._rank]) for held in theirs] or [[] for _ in range(self._size)]
-        to, of = [_nbytes(cuts) for cuts in sending], [_nbytes(cuts) for cuts in coming]
-        if sum(to) > self._out.numel():  # padding between many small pieces
-            self._out = self._buffer(sum(to))
-        if sum(of) > self._in.numel():
-            self._in = self._buffer(sum(of))
-        self._guarded(self._pack, sending)
-        self._out[_starts(sending)] = int(self._failure is not None)
+        to, of = [_nbytes(cuts) for cuts in each.sending], [_nbytes(cuts) for cuts in each.coming]
+        self._guarded(self._pack, each.sending)
+        self._out[_starts(each.sending)] = int(self._failure is not None)
         dist.all_to_all_single(self._in[: sum(of)], self._out[: sum(to)], of, to, group=self._group)
-        return None if self._in[_starts(coming)].any() else coming
+        return not self._in[_starts(each.coming)].any()
 
     def _pack(self, sending: Sequence[Sequence[_Cut]]) -> None:
         """Put this rank's pieces into the messages to all ranks."""
@@ -179,11 +197,11 @@ class WholeFiles:
                 part.view(cut.piece.shape).copy_(cast(source, dtype_name(part)))
                 self._sent += part.nbytes if rank != self._rank else 0
 
-    def _write(self, folder: Path, blocks: Sequence[Block], coming: Sequence[Sequence[_Cut]], files: OpenFiles) -> None:
+    def _write(self, folder: Path, each: _Round, files: OpenFiles) -> None:
         """Put the pieces that came from all ranks into their blocks, and the blocks into this rank's files."""
         import torch
 
-        for block, parts in zip(blocks, _by_block(blocks, coming, self._in), strict=True):
+        for block, parts in zip(each.blocks, _by_block(each.blocks, each.coming, self._in), strict=True):
             data = torch.empty(prod(block.box.shape), dtype=torch_dtype(block.dtype), device=self._device)
             for cut, part in parts:
                 window(data, cut.piece.shape, cut.piece.source).copy_(part.view(cut.piece.shape))
@@ -193,7 +211,7 @@ class WholeFiles:
     def _buffer(self, nbytes: int) -> Tensor:
         import torch
 
-        return torch.empty(nbytes + self._size * _WORD, dtype=torch.uint8, device=self._device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
         """Run a step unless this rank has failed. An error waits for the next round, where the others hear of it."""
@@ -203,15 +221,6 @@ class WholeFiles:
             step(*arguments)
         except Exception as error:
             self._failure = error
-
-
-class _Cut(NamedTuple):
-    """The part of a piece that lies in a block: from the block (source) to the flat parameter (target)."""
-
-    number: int  # of the block, in its round
-    dtype: str
-    shard: Shard
-    piece: Piece
 
 
 def holdings(plan: Plan, rank: int, names: set[str] | None = None) -> dict[str, list[tuple[Shard, Piece]]]:

@@ -168,27 +168,35 @@ class Stream:
         return owned
 
     def _gathered(self, bucket: list[tuple[TensorMeta, int]]) -> list[tuple[str, Tensor]]:
+        """The tensors of a bucket, whole, on every rank. Collective; if one rank fails, all raise."""
         import torch
         import torch.distributed as dist
+
+        data, failure = None, None
+        try:
+            data = self._filled(bucket)
+        except Exception as error:
+            failure = error
+        self._agree(failure)
+        assert data is not None
+        dist.all_reduce(data.view(torch.int32), group=self.group)
+        self.collectives += 1
+        return [(meta.name, tensor.view(meta.shape)) for meta, tensor in _tensors(bucket, data)]
+
+    def _filled(self, bucket: list[tuple[TensorMeta, int]]) -> Tensor:
+        """The bytes of a bucket: this rank's own pieces, and zeros."""
+        import torch
 
         last, end = bucket[-1]
         size = -(-(end + last.nbytes) // _ALIGN) * _ALIGN
         data = torch.zeros(size, dtype=torch.uint8, device=self._device)
-        tensors = [(m.name, data[at : at + m.nbytes].view(torch_dtype(m.dtype))) for m, at in bucket]
-        failure: Exception | None = None
-        try:
-            for name, target in tensors:
-                for shard, piece in self._owned.get(name, ()):
-                    source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
-                    if shift := self.live.plan.entry(shard.entry).shift:
-                        source = source.float() - shift
-                    window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target)))
-        except Exception as error:
-            failure = error
-        self._agree(failure)
-        dist.all_reduce(data.view(torch.int32), group=self.group)
-        self.collectives += 1
-        return [(m.name, tensor.view(m.shape)) for (m, _), (_, tensor) in zip(bucket, tensors, strict=True)]
+        for meta, target in _tensors(bucket, data):
+            for shard, piece in self._owned.get(meta.name, ()):
+                source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
+                if shift := self.live.plan.entry(shard.entry).shift:
+                    source = source.float() - shift
+                window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target)))
+        return data
 
     def _agree(self, failure: Exception | None) -> None:
         """All ranks learn whether one of them failed, and if so why. Collective.
@@ -207,6 +215,12 @@ class Stream:
         self._told = bool(flag.item())
         if self._told:
             TorchWorkers(self.group).together(lambda: _raise(failure))
+
+
+def _tensors(bucket: list[tuple[TensorMeta, int]], data: Tensor) -> Iterator[tuple[TensorMeta, Tensor]]:
+    """The tensors of a bucket as flat views of its bytes."""
+    for meta, at in bucket:
+        yield meta, data[at : at + meta.nbytes].view(torch_dtype(meta.dtype))
 
 
 def _raise(failure: Exception | None) -> None:
