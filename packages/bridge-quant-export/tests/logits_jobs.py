@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from live_jobs import CONFIGS, build_loaded, give_ranges
+from quantising import CONFIGS, build_loaded, give_ranges
 
 _BY_TENSOR = {"nvfp4": "NVFP4QTensor", "w4a16_nvfp4": "NVFP4QTensor", "mxfp8": "MXFP8QTensor", "mxfp4": "MXFP4QTensor"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from live_jobs import quantise
+from quantising import quantise
 
 from bridge_core.testing.memory import Peak
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from live_jobs import build_loaded, quantise
+from quantising import build_loaded, quantise
 from te_forms import te_forms
 
 

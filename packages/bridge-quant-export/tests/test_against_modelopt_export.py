@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from live_jobs import MIXED
 from quant_cases import same_bytes
 from quant_models import make
+from quantising import MIXED
 from safetensors.torch import load_file
 from saved_jobs import export_with_modelopt
 

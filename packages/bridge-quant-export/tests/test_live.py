@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from live_jobs import CONFIGS, MIXED, export, opened_for_writing
+from live_jobs import export, opened_for_writing
 from quant_models import make
+from quantising import CONFIGS, MIXED
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from live_jobs import CONFIGS
 from quant_models import make
+from quantising import CONFIGS
 from saved_jobs import save_and_export
 
 from bridge_core import ParallelLayout

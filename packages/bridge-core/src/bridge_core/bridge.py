@@ -17,7 +17,6 @@ from bridge_core.topology import ParallelLayout
 
 if TYPE_CHECKING:
     # Planning alone does without the machinery that moves bytes.
-    from torch import Tensor
 
     from bridge_core.checkpoint.convert import Report
     from bridge_core.runtime.describe import LocalShard, M2NEntry, WeightSource
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from bridge_core.runtime.megatron_ckpt import MegatronReport
     from bridge_core.runtime.provider import Provider, Spec
     from bridge_core.runtime.save import SaveReport
-    from bridge_core.runtime.stream import Stream
+    from bridge_core.runtime.stream import Pass, Stream
 
 
 class AutoBridge:
@@ -238,8 +237,10 @@ class AutoBridge:
         workers = TorchWorkers(options.get("group") or default_group())
         return Stream(jointly(workers, lambda: self._live(model, groups, fp8=fp8)), **options)
 
-    def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Iterator[tuple[str, Tensor]]:
+    def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Pass:
         """Every HF tensor of a live model as (name, tensor), in one order on all ranks. Collective, lazy.
+
+        Used in a `with`, it tells all ranks the error of a loop's body (see `runtime.stream.Pass`).
 
         Args:
             model: chunks of this rank, wrapped or not.
@@ -247,8 +248,9 @@ class AutoBridge:
             options: those of `stream`. Plans are kept by the bridge: a second call makes none. A kept `stream` also
                 need not match the model and compare its dtypes again.
         """
-        for name, tensor in self.stream(model, **options):
-            yield name, tensor.cpu() if cpu else tensor
+        from bridge_core.runtime.stream import exported
+
+        return exported(lambda: self.stream(model, **options), cpu=cpu)
 
     def iter_local_shards(self, model: Any, *, groups: Any = None) -> Iterator[LocalShard]:
         """What this rank holds of which HF tensor, as views; nothing is communicated.

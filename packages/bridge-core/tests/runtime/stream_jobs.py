@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 _COLLECTIVES = ("all_", "reduce", "broadcast", "gather", "scatter", "barrier", "monitored_barrier")
@@ -211,10 +211,23 @@ def _directly(bridge, chunks, hook) -> None:
         hook(name)
 
 
-def _closed(bridge, chunks, hook) -> None:
-    with closing(bridge.export_hf_weights(chunks, bucket_bytes=20_000)) as tensors:
+def _inside(bridge, chunks, hook) -> None:
+    with bridge.export_hf_weights(chunks, bucket_bytes=20_000) as tensors:
         for name, _ in tensors:
             hook(name)
 
 
-_WAYS = {"for": _directly, "closing": _closed}
+def _source(bridge, chunks, hook) -> None:
+    with iter(bridge.weight_source(chunks, bucket_bytes=20_000)) as tensors:
+        for name, _ in tensors:
+            hook(name)
+
+
+def _before(bridge, chunks, hook) -> None:
+    with bridge.export_hf_weights(chunks, bucket_bytes=20_000) as tensors:
+        hook("a connection")  # fails on one rank when the others have begun
+        for name, _ in tensors:
+            hook(name)
+
+
+_WAYS = {"for": _directly, "with": _inside, "source": _source, "before": _before}

@@ -148,10 +148,12 @@ def test_a_kept_stream_plans_nothing_and_has_the_weights_of_now(device_ranks, so
         assert equal(result["after"], halved)
 
 
-@pytest.mark.parametrize("at", [3, -1], ids=["early", "at-the-end"])
-@pytest.mark.parametrize("way", ["for", "closing"])
+HOOKS = [("for", 3), ("for", -1), ("with", 3), ("with", -1), ("source", 3), ("before", 0)]
+
+
+@pytest.mark.parametrize(("way", "at"), HOOKS)
 def test_a_hook_that_fails_on_one_rank_is_heard_by_all(device_ranks, sources, way, at):
-    """Nobody hangs, and the ranks are in step afterwards: the next export is whole."""
+    """Nobody hangs, and the ranks are in step afterwards: the next export is whole. In a `with`, all learn why."""
     source = sources("qwen3")
     told = device_ranks.run(leave, source.folder, {"tp": 2, "pp": 2}, way, at, ranks=range(4), timeout_s=60)
     for rank, (text, seen, count, again) in enumerate(told):
@@ -161,7 +163,8 @@ def test_a_hook_that_fails_on_one_rank_is_heard_by_all(device_ranks, sources, wa
             assert "HookError: no place for" in text
             assert seen == at % count + 1
         else:
-            assert "worker 1 failed: it left the stream" in text
+            said = "it left the stream" if way == "for" else "HookError: no place for"
+            assert f"worker 1 failed: {said}" in text
             assert seen < count or at < 0
 
 

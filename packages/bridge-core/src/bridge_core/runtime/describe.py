@@ -14,7 +14,7 @@ from bridge_core.geometry import Box, Piece, Shape, box_of, in_source_order, res
 from bridge_core.patterns import fill
 from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel, replica_of
-from bridge_core.runtime.stream import Stream
+from bridge_core.runtime.stream import Pass, Stream, exported
 from bridge_core.runtime.tensors import dtype_name, flat, torch_dtype, window
 
 if TYPE_CHECKING:
@@ -122,14 +122,13 @@ class WeightSource:
         """Every tensor in the order of iteration. Known from the plan: no communication, no weights."""
         return [ParamMeta(meta.name, torch_dtype(meta.dtype), meta.shape) for meta in self.stream.metadata()]
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Pass:
         """Fresh pass over (name, tensor). Collective: all ranks of the stream's group iterate, to the end.
 
         Raises:
             BridgeError: on every rank, if one of them failed or left the loop early.
         """
-        for name, tensor in self.stream:
-            yield name, tensor.cpu() if self.cpu else tensor
+        return exported(lambda: self.stream, cpu=self.cpu)
 
 
 # --- M2N: shards, and who holds them -----------------------------------------------------------

@@ -8,10 +8,11 @@ So a bucket is one collective, whatever the layout, and nobody needs to know whe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from inspect import GEN_CREATED, getgeneratorstate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, win
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from torch import Tensor
 
 _ALIGN = 16  # bytes; every tensor in a bucket starts at a multiple, so that it can be viewed in its dtype
@@ -70,23 +73,20 @@ class Stream:
         """Name, dtype, shape, bytes and group of everything the stream will yield, in its order. No weights move."""
         return self.live.plan.as_stored(self._metadata)
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Pass:
         """Fresh pass over (name, tensor). Collective: all ranks of the group iterate, to the end.
 
         The tensors share a bucket's memory, which is not reused; they are on the parameters' device, and have the
         values that the parameters have when their bucket is filled.
 
-        An iterator that is kept in a variable speaks of a loop that was left when it is closed: use
-        `contextlib.closing` where the rest of the program catches what a loop's body raises.
-
         Raises:
-            BridgeError: on every rank, if one of them failed or left the loop early.
+            BridgeError: on every rank, if one of them failed or left the loop early. The error of a loop's body is
+                told to the others where the pass is used in a `with` (see `Pass`).
         """
-        return self._run()
+        return Pass(self._run())
 
-    def _run(self) -> Iterator[tuple[str, Tensor]]:
+    def _run(self) -> Generator[tuple[str, Tensor], None, None]:
         self._told = False
-        left = True
         try:
             self._device = agreed_device(self.live, self.group)
             self.collectives += 1
@@ -94,11 +94,12 @@ class Stream:
             for bucket in self._buckets:
                 for name, tensor in self._gathered(bucket):
                     yield from self._as_stored(name, tensor)
-            left = False
-        finally:
+        except BaseException as error:
             if not self._told:  # once a failure is known to all, nobody waits for another word
-                with suppress(BridgeError) if left else nullcontext():  # whoever left has an error, or none, of its own
-                    self._agree(_left_early() if left else None)
+                with suppress(Exception):  # this rank has an error of its own, or none that anybody would see
+                    self._agree(error if isinstance(error, Exception) else _left_early())
+            raise
+        self._agree(None)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A tensor, or the codes and scales of one that is to be quantised. Every rank has all of it."""
@@ -217,6 +218,56 @@ class Stream:
             TorchWorkers(self.group).together(lambda: _raise(failure))
 
 
+class Pass(Iterator[tuple[str, "Tensor"]]):
+    """One pass over a stream of (name, tensor). All ranks take all of it.
+
+    A loop that is left early is heard of by all ranks, when the last reference to the pass is gone. In a `with`, that
+    is at its end at the latest, and the others learn the error of the body, which an iterator alone cannot see:
+
+        with bridge.export_hf_weights(model) as tensors:
+            for name, tensor in tensors:
+                send(name, tensor)  # an exception here is raised on all ranks, with this message
+
+    Args:
+        steps: what the pass yields; an error that is thrown in, it tells to the other ranks.
+    """
+
+    def __init__(self, steps: Generator[tuple[str, Tensor], None, None]) -> None:
+        self._steps = steps
+
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Leave the pass. The others are told, if there is more to come."""
+        self._steps.close()
+
+    def __enter__(self) -> Pass:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Beside an error of the body, what comes back is the same one, or what another rank has to say.
+        with nullcontext() if error is None else suppress(Exception):
+            if getgeneratorstate(self._steps) == GEN_CREATED:
+                next(self._steps, None)  # the others have begun, and can be told of nothing before
+            if isinstance(error, Exception):
+                self._steps.throw(error)
+        self._steps.close()
+
+
+def exported(opened: Callable[[], Stream], *, cpu: bool) -> Pass:
+    """A pass over the stream that `opened` gives when it begins; on the CPU if that is asked for."""
+
+    def steps() -> Generator[tuple[str, Tensor], None, None]:
+        with iter(opened()) as tensors:
+            for name, tensor in tensors:
+                yield name, tensor.cpu() if cpu else tensor
+
+    return Pass(steps())
+
+
 def _tensors(bucket: list[tuple[TensorMeta, int]], data: Tensor) -> Iterator[tuple[TensorMeta, Tensor]]:
     """The tensors of a bucket as flat views of its bytes."""
     for meta, at in bucket:
@@ -234,7 +285,7 @@ def _left_early() -> BridgeError:
         where="a loop over the stream",
         expected="all ranks to iterate to the end",
         got="a break, or an error in the loop's body",
-        fix="look at that rank's own error",
+        fix="look at that rank's own error; used in a `with`, a pass tells it to all",
     )
 
 
