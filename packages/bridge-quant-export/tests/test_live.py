@@ -101,9 +101,9 @@ def check_same(one, other):
         assert (other / name).read_bytes() == (one / name).read_bytes(), f"{other.name}: {name}"
 
 
-def check_layout(rank_pool, models, single, tmp_path, case, kinds):
+def check_layout(rank_pool, models, single, tmp_path, case, pairs):
     name, layout, spec, grouped = case
-    ranks, pairs = range(ParallelLayout(**layout).world_size), pairs_of(kinds)
+    ranks = range(ParallelLayout(**layout).world_size)
     reports = rank_pool.run(
         export,
         *(str(models(name)), layout, str(tmp_path), pairs),
@@ -129,7 +129,7 @@ def case_id(case):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=map(case_id, CASES))
 def test_layouts_give_the_same_bytes(rank_pool, models, single, tmp_path, number):
-    check_layout(rank_pool, models, single, tmp_path, CASES[number], kinds_of(number))
+    check_layout(rank_pool, models, single, tmp_path, CASES[number], pairs_of(kinds_of(number)))
 
 
 def test_every_format_meets_a_dense_model_and_experts_in_either_module():
@@ -137,10 +137,23 @@ def test_every_format_meets_a_dense_model_and_experts_in_either_module():
         assert {kind for case in cases for kind in kinds_of(CASES.index(case))} == set(CONFIGS)
 
 
+def other_pairs(number):
+    """The formats that `kinds_of` leaves out, each with one of its writers, in turn."""
+    found = [pairs_of([kind]) for kind in CONFIGS if kind not in kinds_of(number)]
+    return [pairs[(number + step) % len(pairs)] for step, pairs in enumerate(found)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_every_layout_gives_the_same_bytes_in_every_format(rank_pool, models, single, tmp_path, case):
-    check_layout(rank_pool, models, single, tmp_path, case, CONFIGS)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(case_id, CASES))
+def test_every_layout_gives_the_same_bytes_in_every_format(rank_pool, models, single, tmp_path, number):
+    check_layout(rank_pool, models, single, tmp_path, CASES[number], other_pairs(number))
+
+
+def test_the_grid_has_every_format_with_every_writer_in_either_module():
+    for cases in MODULES.values():
+        numbers = [CASES.index(case) for case in cases]
+        met = {pair for number in numbers for pair in [*pairs_of(kinds_of(number)), *other_pairs(number)]}
+        assert met == set(WRITABLE)
 
 
 @pytest.fixture(scope="module")
