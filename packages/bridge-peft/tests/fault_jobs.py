@@ -55,7 +55,7 @@ def convert(verb: str, fault: str, rank: int, source: str, out: str, hf: str) ->
     import torch.distributed as dist
 
     from bridge_core.errors import BridgeError
-    from bridge_core.runtime.load import default_group
+    from bridge_core.runtime.words import default_group
     from bridge_core.runtime.workers import TorchWorkers
     from bridge_peft import export_adapter_ckpt, import_adapter_ckpt
 

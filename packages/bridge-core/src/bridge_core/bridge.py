@@ -230,8 +230,8 @@ class AutoBridge:
         yielded so, each followed by its scales.
         """
         from bridge_core.checkpoint.workers import jointly
-        from bridge_core.runtime.load import default_group
         from bridge_core.runtime.stream import Stream
+        from bridge_core.runtime.words import default_group
         from bridge_core.runtime.workers import TorchWorkers
 
         workers = TorchWorkers(options.get("group") or default_group())

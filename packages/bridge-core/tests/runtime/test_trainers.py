@@ -15,7 +15,7 @@ from runtime.trainer_jobs import (
 
 from bridge_core import export_ckpt, verify
 from bridge_core.errors import ConfigError
-from bridge_core.runtime.load import default_group
+from bridge_core.runtime.words import default_group
 
 pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")

@@ -149,7 +149,7 @@ def words_beside_nccl() -> tuple[list[Any], list[bool]]:
     """What ranks say to one another where the default group says that it is NCCL alone, and where they say it."""
     import torch.distributed as dist
 
-    from bridge_core.runtime.devices import words_group
+    from bridge_core.runtime.words import words_group
     from bridge_core.runtime.workers import TorchWorkers
 
     world, configured = dist.group.WORLD, dist.get_backend_config
@@ -171,7 +171,7 @@ def devices_that_differ(path: str, layout: dict[str, Any], kinds: list[str]) -> 
     import torch.distributed as dist
 
     from bridge_core import BridgeError
-    from bridge_core.runtime.devices import agreed_device
+    from bridge_core.runtime.agreement import agreed_device
     from bridge_core.runtime.host import host_backend
     from bridge_core.runtime.live import open_live
 

@@ -9,15 +9,13 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.codecs import Codec
-from bridge_core.dtypes import dtype_of
 from bridge_core.errors import CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
 from bridge_core.runtime.homes import Home, gather_late, stored, unwrap
-from bridge_core.runtime.tensors import default_device, dtype_name
+from bridge_core.runtime.tensors import default_device
 from bridge_core.topology import ParallelLayout
 from bridge_core.topology.hybrid_pattern import parse_hybrid_pattern, pipeline_of
 
@@ -62,7 +60,7 @@ class LiveModel:
         homes: where the parameter of each shard is, by (chunk, parameter name of the plan).
         excepted: names of parameters that the caller has excepted from the match; no shard is theirs.
         renew: makes the parameters current, for who is about to read them. Collective over data-parallel groups.
-        place: the device on which all ranks keep their parameters, once they have agreed on it (`agreed_device`).
+        place: the device on which all ranks keep their parameters, once they have agreed (`agreement.agreed_device`).
     """
 
     plan: Plan
@@ -179,54 +177,6 @@ def matched(plan: Plan, rank: int, named: Mapping[tuple[int, str], Home], except
 def matches(name: str, patterns: Collection[str]) -> bool:
     """Whether a name fits one of the patterns, which are those of a shell."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:
-    """The dtype of every HF tensor made from a live model, by name. Collective over `group`.
-
-    Tensors whose dtype is not the model's (`Entry.dtype`) keep the one their parameter has; all others get
-    `wanted`, or the dtype that all their parameters share.
-
-    Raises:
-        CoverageError: on every rank, if parameters differ in dtype and none is wanted. Nothing is cast unasked.
-    """
-    import torch.distributed as dist
-
-    mine: dict[str, list[str]] = {}
-    for shard in live.shards:
-        found = mine.setdefault(shard.entry, [])
-        if (name := dtype_name(live.tensor(shard))) not in found:
-            found.append(name)
-    held: list[Any] = [None] * group.size()
-    dist.all_gather_object(held, mine, group=group)
-    by_entry: dict[str, set[str]] = {}
-    for said in held:
-        for entry, names in said.items():
-            by_entry.setdefault(entry, set()).update(names)
-    check_wanted(wanted)
-    main = dtype_of(wanted).name if wanted else None
-    entries = live.plan.entries
-    if main is None:
-        main = _one(
-            set().union(*(by_entry.get(e.name, set()) for e in entries if e.dtype is None)), "the parameters", held
-        )
-    dtypes: dict[str, str] = {}
-    for entry in entries:
-        dtype = main if entry.dtype is None else _one(by_entry[entry.name], entry.name, held)
-        dtypes |= {name: dtype for name, _ in entry.hf_names()}
-    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.copies.items()}
-
-
-def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:
-    if len(found) == 1:
-        return next(iter(found))
-    said = (sorted({name for names in by_entry.values() for name in names}) for by_entry in held)
-    raise CoverageError(
-        f"{what} differ in dtype",
-        expected="one dtype on all ranks, or `dtype` to say which to write",
-        got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(said)),
-        fix="pass dtype=..., or give the parameters one dtype where that has no effect",
-    )
 
 
 def replica_of(live: LiveModel, shard: Shard) -> int:

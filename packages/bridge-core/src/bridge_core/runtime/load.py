@@ -26,6 +26,7 @@ from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel, matches, open_live
 from bridge_core.runtime.node_load import NodeTally, fill_from_node
 from bridge_core.runtime.tensors import dtype_name, flat, host_memory, read_into
+from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def load_live(
         return live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored
 
     live, folder, ignored = jointly(workers, check)
-    left = _left(live, allowed_mismatched, workers, group) if allowed_mismatched else ()
+    left = _left(live, allowed_mismatched, workers) if allowed_mismatched else ()
     workers.together(lambda: check_copies(live.plan, folder, rank=workers.rank, size=workers.size))
 
     def fill() -> NodeTally:
@@ -185,13 +186,9 @@ def _inventory(live: LiveModel, folder: HfFolder, allowed: Collection[str]) -> d
     return folder.shapes | excepted
 
 
-def _left(live: LiveModel, allowed: Collection[str], workers: TorchWorkers, group: Any) -> tuple[str, ...]:
+def _left(live: LiveModel, allowed: Collection[str], workers: TorchWorkers) -> tuple[str, ...]:
     """Names of the excepted parameters of all ranks, once each. Collective."""
-    import torch.distributed as dist
-
-    said: list[Any] = [()] * workers.size
-    dist.all_gather_object(said, live.excepted, group=group)
-    left = tuple(sorted({name for names in said for name in names}))
+    left = tuple(sorted({name for names in workers.share(list(live.excepted)) for name in names}))
     if unused := [pattern for pattern in allowed if not any(matches(name, [pattern]) for name in left)]:
         raise CoverageError(
             "a name that may differ is no parameter of the model on any rank",
@@ -201,25 +198,6 @@ def _left(live: LiveModel, allowed: Collection[str], workers: TorchWorkers, grou
             fix="correct the name, or leave it out",
         )
     return left
-
-
-def default_group() -> Any:
-    """torch's default process group; it is no state of Megatron's.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        raise ConfigError(
-            "there is no process group",
-            where="torch.distributed",
-            expected="a default group of all ranks of the model, also if that is one rank",
-            got="not initialised",
-            fix='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl") first ("gloo" without GPUs)',
-        )
-    return dist.group.WORLD
 
 
 def _fill(live: LiveModel, folder: HfFolder, threads: int) -> NodeTally:

@@ -24,7 +24,6 @@ from bridge_core.errors import LayoutError
 from bridge_core.families import Family, Fields
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
-from bridge_core.runtime.load import default_group
 from bridge_core.runtime.megatron_state import (
     count_adapters,
     fill_module,
@@ -36,6 +35,7 @@ from bridge_core.runtime.megatron_state import (
 )
 from bridge_core.runtime.own_world import OwnWorld
 from bridge_core.runtime.tensors import dtype_name
+from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge_core.checkpoint.files import OpenFiles
@@ -15,18 +16,21 @@ from bridge_core.checkpoint.hf_folder import HfFolder
 from bridge_core.checkpoint.reading import Reader
 from bridge_core.checkpoint.transfer import Job
 from bridge_core.checkpoint.workers import jointly
-from bridge_core.errors import BridgeError
 from bridge_core.geometry import Piece, View, row_major
 from bridge_core.plan import Shard
-from bridge_core.runtime.devices import agreed_device
+from bridge_core.runtime.agreement import agreed_device
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import cast, dtype_name, flat, host_memory, read_into, staging, torch_dtype, window
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.workers import TorchWorkers, noticing_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _ALIGN = 16  # bytes; every tensor in a bucket starts at a multiple, so that it can be viewed in its dtype
+
+
+Bucket = list[tuple[str, int]]
+"""Tensors by name, each with the place of its first byte in a bucket."""
 
 
 class NodeTally(NamedTuple):
@@ -39,7 +43,7 @@ class NodeTally(NamedTuple):
 def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_bytes: int) -> NodeTally:
     """Fill the parameters of `live`; rank 0 of `node_group` reads. Collective over `node_group`.
 
-    A rank that fails keeps taking part in the broadcasts, and raises after the last one.
+    If a rank fails, all ranks of the node raise before the next broadcast.
 
     Args:
         live: the model, on CPU or GPU; `node_group` must be able to broadcast there.
@@ -47,54 +51,56 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
         node_group: ranks of this node.
         bucket_bytes: bytes of a bucket; a larger tensor makes a larger bucket.
     """
-    import torch.distributed as dist
-
+    workers = TorchWorkers(node_group)
     live = replace(live, place=agreed_device(live, node_group))
     mine: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in live.shards:
         for piece in shard.pieces:
             mine.setdefault(piece.source.tensor, []).append((shard, piece))
-    wanted: list[Any] = [None] * node_group.size()
-    dist.all_gather_object(wanted, list(mine), group=node_group)
-    needed = set().union(*wanted)
+    needed = {name for names in workers.share(list(mine)) for name in names}
     buckets = _buckets(live, folder, needed, bucket_bytes)
-    # The last byte says whether the reader failed, so that nobody copies what was not read.
-    sizes = [bucket[-1][1] + folder.tensors[bucket[-1][0]].nbytes + 1 for bucket in buckets]
-    room = jointly(TorchWorkers(node_group), lambda: staging(max(sizes, default=0), live.device))
-    reader = node_group.rank() == 0
-    failure: Exception | None = None
-    broadcasts = 0
+    sizes = [bucket[-1][1] + folder.tensors[bucket[-1][0]].nbytes for bucket in buckets]
+    room = jointly(workers, lambda: staging(max(sizes, default=0), live.device))
     _clear_padding(live)
     with ExitStack() as stack:
         reading = Reader(OpenFiles(stack), host_memory(live.device))
+        heard: Bucket = []
+
+        def turn(bucket: Bucket) -> None:
+            """Take in what the last broadcast brought; the reader reads for the next one."""
+            _copy(heard, folder, live, mine, room)
+            if workers.rank == 0:
+                _read(bucket, folder, reading, room)
+
         for bucket, size in zip(buckets, sizes, strict=True):
-            data = room[:size]
-            data[-1] = 0
-            if reader and failure is None:
-                failure = _guarded(_read, bucket, folder, reading, data)
-            if failure is not None and reader:
-                data[-1] = 1
-            dist.broadcast(data, group=node_group, group_src=0)
-            broadcasts += 1
-            if data[-1] and failure is None:
-                failure = BridgeError("the reader of this node failed", fix="look at that rank's own error")
-            failure = failure or _guarded(_copy, bucket, folder, live, mine, data)
-    if failure is not None:
-        raise failure
-    return NodeTally(reading.nbytes, broadcasts)
+            workers.together(partial(turn, bucket))
+            _broadcast(room[:size], node_group)
+            heard = bucket
+        turn([])
+    return NodeTally(reading.nbytes, len(buckets))
 
 
-def _guarded(step: Any, *arguments: Any) -> Exception | None:
-    try:
-        step(*arguments)
-    except Exception as error:
-        return error
-    return None
+def _broadcast(data: Tensor, group: Any) -> None:
+    """The bytes of the group's first rank, on all of them. Collective.
+
+    Every rank hears the first one itself. gloo's own broadcast goes from rank to rank: one that is lost, or gives up
+    because of that, would leave those after it waiting.
+    """
+    import torch.distributed as dist
+
+    ranks = dist.get_process_group_ranks(group)
+    if group.rank() == 0:
+        sends = [dist.P2POp(dist.isend, data, rank, group) for rank in ranks[1:]]
+    else:
+        sends = [dist.P2POp(dist.irecv, data, ranks[0], group)]
+    with noticing_loss():
+        for work in dist.batch_isend_irecv(sends) if sends else ():
+            work.wait()
 
 
-def _buckets(live: LiveModel, folder: HfFolder, needed: set[str], bucket_bytes: int) -> list[list[tuple[str, int]]]:
+def _buckets(live: LiveModel, folder: HfFolder, needed: set[str], bucket_bytes: int) -> list[Bucket]:
     """Tensors with their byte offsets, bucket by bucket, in the plan's order; the same on all ranks of a node."""
-    buckets: list[list[tuple[str, int]]] = []
+    buckets: list[Bucket] = []
     end = bucket_bytes + 1
     for name in live.plan.hf_tensors:
         if name not in needed:
@@ -115,7 +121,7 @@ def _clear_padding(live: LiveModel) -> None:
             live.tensor(shard).detach()[region] = 0
 
 
-def _read(bucket: list[tuple[str, int]], folder: HfFolder, reader: Reader, data: Tensor) -> None:
+def _read(bucket: Bucket, folder: HfFolder, reader: Reader, data: Tensor) -> None:
     for name, at in bucket:
         stored = folder.tensors[name]
         view = View(name, 0, row_major(stored.shape))
@@ -124,7 +130,7 @@ def _read(bucket: list[tuple[str, int]], folder: HfFolder, reader: Reader, data:
 
 
 def _copy(
-    bucket: list[tuple[str, int]],
+    bucket: Bucket,
     folder: HfFolder,
     live: LiveModel,
     mine: dict[str, list[tuple[Shard, Piece]]],

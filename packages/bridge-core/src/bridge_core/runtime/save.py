@@ -8,7 +8,6 @@ several nodes cannot write one file on get whole files from one rank each (`runt
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +24,12 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Piece, View, row_major
-from bridge_core.runtime.devices import agreed_device
+from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
 from bridge_core.runtime.file_owners import Sent, WholeFiles
 from bridge_core.runtime.homes import unwrap
-from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live
-from bridge_core.runtime.load import default_group
+from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.shared_files import GroupOf, SharedFiles, tensor_groups
+from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
 
 
@@ -174,7 +173,7 @@ def save_live(
 
     live, like = jointly(workers, check)
     live = replace(live, place=agreed_device(live, group))
-    live.renew()
+    workers.together(live.renew)
     dtypes = agreed_dtypes(live, dtype, group)
     others = jointly(workers, lambda: carried(live))
 
@@ -236,12 +235,7 @@ def _check_agreed(layout: HfLayout, padded_vocab: int | None, group: Any) -> Non
         padded_vocab: rows of the whole embedding, if ranks have to know how it is cut on others.
         group: all ranks.
     """
-    import torch.distributed as dist
-
-    said: list[Any] = [None] * group.size()
-    digest = hashlib.sha256(b"".join(file.name.encode() + file.header for file in layout.files)).hexdigest()
-    dist.all_gather_object(said, (digest, padded_vocab), group=group)
-    digests, rows = zip(*said, strict=True)
+    rows = TorchWorkers(group).share(padded_vocab)
     if len(set(rows)) > 1:
         raise OutputError(
             "ranks take the vocabulary to be padded differently",
@@ -250,14 +244,13 @@ def _check_agreed(layout: HfLayout, padded_vocab: int | None, group: Any) -> Non
             got=", ".join(f"rank {rank}: {count}" for rank, count in enumerate(rows)),
             fix="let `vocab_size` of every pipeline stage's model say the rows that the embedding was built with",
         )
-    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise OutputError(
-            "ranks lay out the files differently",
-            where="save_hf_pretrained",
-            expected="the same arguments, and the same `source` to see, on every rank",
-            got=f"rank 0 and ranks {preview(others)} differ",
-            fix="check that all ranks see the HF folder of the bridge",
-        )
+    check_same(
+        b"".join(file.name.encode() + file.header for file in layout.files),
+        group,
+        what="ranks lay out the files differently",
+        where="save_hf_pretrained",
+        fix="check that all ranks see the HF folder of the bridge",
+    )
 
 
 def _write(

@@ -7,7 +7,6 @@ So a bucket is one collective, whatever the layout, and nobody needs to know whe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -19,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import BridgeError, ConfigError, CoverageError, preview
+from bridge_core.errors import BridgeError, CoverageError
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta
-from bridge_core.runtime.devices import agreed_device, words_device, words_group
+from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
 from bridge_core.runtime.fp8 import quantise
-from bridge_core.runtime.live import LiveModel, agreed_dtypes, replica_of
-from bridge_core.runtime.load import default_group
+from bridge_core.runtime.live import LiveModel, replica_of
 from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, window
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.words import default_group
+from bridge_core.runtime.workers import TorchWorkers, noticing_loss
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -62,11 +61,18 @@ class Stream:
 
     def __post_init__(self) -> None:
         self.group = self.group or default_group()
+        self._workers = TorchWorkers(self.group)
         self._told = False
         self._device: Any = None  # that of the pass
         dtypes = agreed_dtypes(self.live, self.dtype, self.group)
-        jointly(TorchWorkers(self.group), lambda: self._lay_out(dtypes))
-        self._check_agreed()
+        jointly(self._workers, lambda: self._lay_out(dtypes))
+        check_same(
+            repr(self._buckets).encode(),
+            self.group,
+            what="ranks are about to stream different tensors, or in different buckets",
+            where="stream",
+            fix="call it with the same names, dtype and bucket_bytes everywhere",
+        )
         self._owned = self._owned_pieces()
 
     def metadata(self) -> list[TensorMeta]:
@@ -114,21 +120,6 @@ class Stream:
     def _lay_out(self, dtypes: Mapping[str, str]) -> None:
         self._metadata = self._wanted(dtypes)
         self._buckets = self._fill_buckets()
-
-    def _check_agreed(self) -> None:
-        """Raise on all ranks unless they are about to reduce the same buckets. Collective."""
-        import torch.distributed as dist
-
-        said: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(said, hashlib.sha256(repr(self._buckets).encode()).hexdigest(), group=self.group)
-        if others := [rank for rank, digest in enumerate(said) if digest != said[0]]:
-            raise ConfigError(
-                "ranks are about to stream different tensors, or in different buckets",
-                where="stream",
-                expected="the same names, dtype, bucket_bytes and HF folder on every rank",
-                got=f"rank 0 and ranks {preview(others)} differ",
-                fix="call it with the same arguments everywhere; check that all ranks see the bridge's folder",
-            )
 
     def _wanted(self, dtypes: Mapping[str, str]) -> list[TensorMeta]:
         plan = self.live.plan
@@ -180,7 +171,8 @@ class Stream:
             failure = error
         self._agree(failure)
         assert data is not None
-        dist.all_reduce(data.view(torch.int32), group=self.group)
+        with noticing_loss():
+            dist.all_reduce(data.view(torch.int32), group=self.group)
         self.collectives += 1
         return [(meta.name, tensor.view(meta.shape)) for meta, tensor in _tensors(bucket, data)]
 
@@ -206,16 +198,17 @@ class Stream:
             Exception: `failure` itself, here, if this rank's is the first.
             WorkerError: another rank failed; has its message.
         """
-        import torch
-        import torch.distributed as dist
 
-        words = words_group(self.group)
-        flag = torch.tensor([int(failure is not None)], device=words_device(words))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=words)
+        def say() -> None:
+            if failure is not None:
+                raise failure
+
         self.collectives += 1
-        self._told = bool(flag.item())
-        if self._told:
-            TorchWorkers(self.group).together(lambda: _raise(failure))
+        try:
+            self._workers.together(say)
+        except Exception:
+            self._told = True
+            raise
 
 
 class Pass(Iterator[tuple[str, "Tensor"]]):
@@ -272,11 +265,6 @@ def _tensors(bucket: list[tuple[TensorMeta, int]], data: Tensor) -> Iterator[tup
     """The tensors of a bucket as flat views of its bytes."""
     for meta, at in bucket:
         yield meta, data[at : at + meta.nbytes].view(torch_dtype(meta.dtype))
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
 
 
 def _left_early() -> BridgeError:

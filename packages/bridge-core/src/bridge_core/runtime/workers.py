@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import BridgeError
 from bridge_core.extras import require
-from bridge_core.runtime.devices import words_device, words_group
+from bridge_core.runtime.words import words_device, words_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,8 @@ class TorchWorkers:
     def share(self, value: Any) -> list[Any]:
         """What every worker has to say, by rank: JSON values. Collective.
 
+        Words between ranks go this way, and by no collective of torch's own: a lost worker is noticed by all others.
+
         Raises:
             LostWorkerError: a worker is gone.
         """
@@ -128,11 +130,9 @@ class TorchWorkers:
         torch = require("torch", extra="torch")
         data = b"" if value is None else json.dumps(value).encode()
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        try:
+        with noticing_loss():
             sizes = self._to_all(torch.tensor([len(data)]), [1] * self.size).tolist()
             said = self._to_all(mine, sizes) if any(sizes) else mine
-        except RuntimeError as error:  # gloo: the connection to a rank broke, or nothing came in time
-            raise LostWorkerError(str(error)) from error
         parts = said.split(sizes) if any(sizes) else [mine] * self.size
         return [json.loads(part.numpy().tobytes()) if part.numel() else None for part in parts]
 
@@ -148,6 +148,15 @@ class TorchWorkers:
         received = torch.empty(sum(sizes), dtype=message.dtype, device=device)
         dist.all_to_all_single(received, given, sizes, [message.numel()] * self.size, group=self._group)
         return received.cpu()
+
+
+@contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Turns what torch says when the connection to a rank broke, or nothing came in time, into `LostWorkerError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostWorkerError(str(error)) from error
 
 
 def _facts_of(error: Exception) -> dict[str, str | None]:

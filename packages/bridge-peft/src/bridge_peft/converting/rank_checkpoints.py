@@ -14,9 +14,9 @@ from bridge_core.checkpoint.run_config import RUN_CONFIG
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, CoverageError, preview
 from bridge_core.runtime.homes import unwrap
-from bridge_core.runtime.load import default_group
 from bridge_core.runtime.megatron_state import load_state, save_state, sharded_state
 from bridge_core.runtime.own_world import OwnWorld
+from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_peft.apply import adapters_named
 from bridge_peft.converting.checkpoint import find_checkpoint

@@ -14,7 +14,7 @@ from bridge_core.bridge import AutoBridge
 from bridge_core.checkpoint.output import check_free, real_path, write_folder
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.runtime.homes import unwrap
-from bridge_core.runtime.load import default_group
+from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_peft.apply import LoraReport, apply_lora
 from bridge_peft.config import LoraConfig

@@ -21,9 +21,10 @@ from bridge_core.checkpoint.safetensors import read_header
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, OutputError, preview
+from bridge_core.runtime.agreement import agreed_dtypes
 from bridge_core.runtime.homes import unwrap
-from bridge_core.runtime.live import LiveModel, agreed_dtypes, open_live
-from bridge_core.runtime.load import default_group
+from bridge_core.runtime.live import LiveModel, open_live
+from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
 from bridge_quant_export.configs import compressed_tensors, modelopt
 from bridge_quant_export.formats.format import WRITERS, Writer

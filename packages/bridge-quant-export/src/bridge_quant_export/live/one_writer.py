@@ -21,9 +21,9 @@ from bridge_core.checkpoint.files import OpenFiles, create_file, write_all
 from bridge_core.checkpoint.hf_layout import HfLayout
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Piece, runs
-from bridge_core.runtime.devices import words_device
 from bridge_core.runtime.file_owners import Sent, owners_of
 from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.words import words_device
 from bridge_quant_export.formats.format import Writer
 from bridge_quant_export.live.files import PackedFiles
 from bridge_quant_export.live.held import Held

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from bridge_core.runtime.devices import words_device
+from bridge_core.runtime.words import words_device
 
 
 def reduced(vector: Tensor, group: Any) -> Tensor:

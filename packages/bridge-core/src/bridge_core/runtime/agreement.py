@@ -1,0 +1,118 @@
+"""What all ranks have to agree on before weights move: device, dtypes, and that they are about to do the same."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from bridge_core.checkpoint.matching import check_wanted
+from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError, CoverageError, preview
+from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.tensors import dtype_name
+from bridge_core.runtime.words import words_device
+from bridge_core.runtime.workers import TorchWorkers
+
+if TYPE_CHECKING:
+    import torch
+
+
+def agreed_device(live: LiveModel, group: Any) -> torch.device:
+    """The device of this rank's parameters, after all ranks have said that theirs are on devices of one kind.
+
+    A rank without parameters takes the kind of the others. Collective over `group`.
+
+    Raises:
+        ConfigError: on every rank, if some keep parameters on a CPU and others on a GPU, or if the group cannot
+            exchange them where they are.
+    """
+    import torch
+    import torch.distributed as dist
+
+    held = {home.tensor.device.type for home in live.homes.values()}
+    found = sorted({kind for kinds in TorchWorkers(group).share(sorted(held)) for kind in kinds})
+    backends = dist.get_backend_config(group)
+    if len(found) > 1:
+        raise ConfigError(
+            "parameters are on a CPU and on GPUs",
+            where=f"rank {live.rank}: {', '.join(sorted(held)) or 'none'}",
+            expected="one kind of device on all ranks",
+            got=" and ".join(found),
+            fix="move the whole model, on every rank, to one of them",
+        )
+    if not found:
+        return words_device(group)
+    if found[0] not in backends:
+        raise ConfigError(
+            f"the process group cannot exchange parameters that are on a {found[0].upper()}",
+            where=f"backends {backends}",
+            expected=f"a backend for {found[0]}",
+            fix='make the default group with backend="cpu:gloo,cuda:nccl", or move the model',
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if found[0] == "cuda" else torch.device("cpu")
+
+
+def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:
+    """The dtype of every HF tensor made from a live model, by name. Collective over `group`.
+
+    Tensors whose dtype is not the model's (`Entry.dtype`) keep the one their parameter has; all others get
+    `wanted`, or the dtype that all their parameters share.
+
+    Raises:
+        CoverageError: on every rank, if parameters differ in dtype and none is wanted. Nothing is cast unasked.
+    """
+    mine: dict[str, list[str]] = {}
+    for shard in live.shards:
+        found = mine.setdefault(shard.entry, [])
+        if (name := dtype_name(live.tensor(shard))) not in found:
+            found.append(name)
+    held: list[dict[str, list[str]]] = TorchWorkers(group).share(mine)
+    by_entry: dict[str, set[str]] = {}
+    for said in held:
+        for entry, names in said.items():
+            by_entry.setdefault(entry, set()).update(names)
+    check_wanted(wanted)
+    main = dtype_of(wanted).name if wanted else None
+    entries = live.plan.entries
+    if main is None:
+        main = _one(
+            set().union(*(by_entry.get(e.name, set()) for e in entries if e.dtype is None)), "the parameters", held
+        )
+    dtypes: dict[str, str] = {}
+    for entry in entries:
+        dtype = main if entry.dtype is None else _one(by_entry[entry.name], entry.name, held)
+        dtypes |= {name: dtype for name, _ in entry.hf_names()}
+    return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.copies.items()}
+
+
+def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    said = (sorted({name for names in by_entry.values() for name in names}) for by_entry in held)
+    raise CoverageError(
+        f"{what} differ in dtype",
+        expected="one dtype on all ranks, or `dtype` to say which to write",
+        got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(said)),
+        fix="pass dtype=..., or give the parameters one dtype where that has no effect",
+    )
+
+
+def check_same(mine: bytes, group: Any, *, what: str, where: str, fix: str) -> None:
+    """Raise on all ranks unless all of them have the same bytes to show. Collective over `group`.
+
+    Args:
+        mine: what this rank is about to do, as bytes; a digest of it is exchanged.
+        what, where, fix: facts of the error.
+
+    Raises:
+        ConfigError: on every rank; names those that differ from the first.
+    """
+    said = TorchWorkers(group).share(hashlib.sha256(mine).hexdigest())
+    if others := [rank for rank, digest in enumerate(said) if digest != said[0]]:
+        raise ConfigError(
+            what,
+            where=where,
+            expected="the same arguments, and the same HF folder to see, on every rank",
+            got=f"rank 0 and ranks {preview(others)} differ",
+            fix=fix,
+        )
