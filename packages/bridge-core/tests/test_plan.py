@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CONFIGS, distinct, layouts, load_rank, load_shard, make_plan, save_shard
 
-from bridge_core.errors import CoverageError, LayoutError
+from bridge_core.errors import ConfigError, CoverageError, LayoutError
+from bridge_core.plan import subsets
 from bridge_core.topology import ParallelLayout
 
 
@@ -109,6 +110,27 @@ def test_metadata_says_all_that_a_receiver_needs():
     groups = Counter(m.group for m in metadata)
     assert groups["decoder.layers.0.self_attention.linear_qkv.weight"] == 3
     assert groups["decoder.layers.3.mlp.experts.linear_fc1.weight7"] == 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_of_a_stream_keep_order_bytes_and_groups(name):
+    metadata = make_plan(CONFIGS[name], ParallelLayout()).metadata()
+    sizes = {group: sum(m.nbytes for m in metadata if m.group == group) for group in {m.group for m in metadata}}
+    for most in (1, max(sizes.values()) - 1, max(sizes.values()) + 100, sum(sizes.values())):
+        parts = subsets(metadata, most)
+        assert [m for part in parts for m in part] == metadata
+        inside = [{m.group for m in part} for part in parts]
+        assert sum(map(len, inside)) == len(sizes), "a group is in two parts"
+        assert all(
+            sum(m.nbytes for m in part) <= most or len(groups) == 1 for part, groups in zip(parts, inside, strict=True)
+        )
+    assert len(subsets(metadata, sum(sizes.values()))) == 1
+
+
+@pytest.mark.parametrize("nbytes", [0, -1, "1GB", 1.5])
+def test_a_part_has_a_positive_number_of_bytes(nbytes):
+    with pytest.raises(ConfigError, match="a number of bytes is not positive"):
+        subsets([], nbytes)
 
 
 def test_json_is_plain_data_and_gives_a_ranks_pieces():

@@ -46,6 +46,7 @@ def fp8_round_trip(path: str, layout: dict[str, Any], out: str, one_reader: bool
         "read": loaded.bytes_read,
         "written": saved.bytes_written,
         "metadata": stream.metadata(),
+        "planned": stream.live.plan.metadata(),
         "stream": tensors,
         "codes": codes,
         "plain": plain,

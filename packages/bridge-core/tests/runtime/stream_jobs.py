@@ -80,6 +80,7 @@ def export(path: str, layout: dict[str, Any], names: Collection[str], bucket_byt
         "stream": {name: tensor.clone() for name, tensor in tensors.items()},
         "exported": exported,
         "metadata": stream.metadata(),
+        "planned": bridge.plan().metadata(),
         "bucket": {name: bucket_at.get(t.untyped_storage().data_ptr()) for name, t in tensors.items()},
         "sizes": [storage.nbytes() for storage in sent],
         "making": [call.name for call in making],
@@ -87,9 +88,23 @@ def export(path: str, layout: dict[str, Any], names: Collection[str], bucket_byt
     }
 
 
+def refused(path: str, layout: dict[str, Any], options: dict[str, Any]) -> str:
+    """A stream that cannot be; what this rank is told."""
+    from bridge_core import BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    with host_backend():
+        bridge, chunks = _load(path, layout)
+        try:
+            bridge.stream(chunks, **options)
+        except BridgeError as error:
+            return str(error)
+    return "no error"
+
+
 @contextmanager
-def _planning() -> Iterator[list[str]]:
-    """Yields what is planned, as it is: plans made, entries compiled, cuts for a coordinate, shards of a rank."""
+def planning() -> Iterator[list[str]]:
+    """Yields what is planned, as it is: plans, entries, cuts for a coordinate, shards of a rank, tensors to send."""
     from bridge_core.plan import plan
 
     steps: list[str] = []
@@ -101,8 +116,8 @@ def _planning() -> Iterator[list[str]]:
 
         return call
 
-    places = [(plan.Plan, name) for name in ("__init__", "_cut", "iter_local_shards", "plain_metadata")]
-    places += [(plan, "compile_entries"), (plan, "shards_of")]
+    places = [(plan.Plan, name) for name in ("__init__", "_cut", "iter_local_shards")]
+    places += [(plan, name) for name in ("compile_entries", "shards_of", "TensorMeta")]
     originals = [(where, name, getattr(where, name)) for where, name in places]
     for where, name, function in originals:
         setattr(where, name, noting(name, function))
@@ -121,15 +136,15 @@ def train_and_stream_again(path: str, layout: dict[str, Any]):
 
     with host_backend():
         bridge, chunks = _load(path, layout)
-        with _planning() as made:
+        with planning() as made:
             stream = bridge.stream(chunks, bucket_bytes=60_000)
-        with _planning() as first:
+        with planning() as first:
             before = {name: tensor.clone() for name, tensor in stream}
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         for parameter in parameters:
             parameter.grad = parameter.detach().clone()
         torch.optim.SGD(parameters, lr=0.5).step()
-        with _planning() as second:
+        with planning() as second:
             after = {name: tensor.clone() for name, tensor in stream}
     return {"before": before, "after": after, "made": made, "passes": [*first, *second]}
 

@@ -180,6 +180,7 @@ def test_fp8_into_live_ranks_and_out_again(rank_pool, fp8, tmp_path, layout):
         assert config["quantization_config"] == json.loads((fp8 / "config.json").read_text())["quantization_config"]
         assert sum(result["written"] for result in results) == sum(t.nbytes for t in expected.values())
         for result in results:
+            assert [meta.name for meta in result["planned"]] == [name for name, _ in result["stream"]]
             assert [meta.name for meta in result["metadata"]] == [name for name, _ in result["stream"]]
             assert {name for name, _ in result["stream"]} == expected.keys()
             for meta, (name, data) in zip(result["metadata"], result["stream"], strict=True):

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import pytest
-from runtime.stream_jobs import export, fail, leave, train_and_stream_again
+from runtime.stream_jobs import export, fail, leave, refused, train_and_stream_again
 
 from bridge_core import ParallelLayout
 from bridge_core.testing.hf_models import make_model, save_model
@@ -35,6 +35,12 @@ SUBSETS = [
         EXPERTS,
         ["*.experts.5.gate_proj.weight", "*.layers.2.mlp.gate.weight", "model.norm.weight"],
         ["*.experts.5.[gu]*_proj.weight", "*.layers.2.mlp.gate.weight", "model.norm.weight"],
+    ),
+    (
+        "qwen3_moe",
+        {"pp": 2},
+        ["decoder.layers.[01].mlp.experts.linear_fc2.weight?", "*.layers.3.self_attention.linear_qkv.weight"],
+        ["*.layers.[01].mlp.experts.*.down_proj.weight", "*.layers.3.self_attn.[qkv]_proj.weight"],
     ),
 ]
 
@@ -69,15 +75,17 @@ def equal(got, expected) -> bool:
     )
 
 
-@pytest.mark.parametrize(("name", "layout", "asked", "whole"), SUBSETS, ids=["dense", "biases", "experts"])
+@pytest.mark.parametrize(("name", "layout", "asked", "whole"), SUBSETS, ids=["dense", "biases", "experts", "groups"])
 def test_the_groups_of_the_names_asked_for_arrive_whole_and_alone(device_ranks, sources, name, layout, asked, whole):
     source = sources(name)
     expected = {n: t for n, t in source.tensors.items() if any(fnmatchcase(n, pattern) for pattern in whole)}
     named = {n for n in source.tensors if any(fnmatchcase(n, pattern) for pattern in asked)}
-    assert named < expected.keys() < source.tensors.keys()
+    assert named < expected.keys() < source.tensors.keys()  # no name, where groups are asked for
     ranks = range(ParallelLayout(**layout).world_size)
     for result in device_ranks.run(export, source.folder, layout, asked, 20_000, ranks=ranks):
         assert {meta.name for meta in result["metadata"]} == expected.keys()
+        wanted = [meta.name for meta in result["planned"] if meta.name in expected]
+        assert [meta.name for meta in result["metadata"]] == wanted == list(result["stream"])
         assert equal(result["stream"], expected)
         assert equal(result["exported"], expected)
 
@@ -135,6 +143,20 @@ def test_collectives_are_bounded_by_buckets_also_of_many_tensors(device_ranks, s
             making.add(tuple(result["making"]))
     assert len(making) == 1, "making a stream takes collectives that depend on the model"
     assert len(making.pop()) < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"names": "model.norm.weight"}, ["several patterns", "['model.norm.weight']"]),
+        ({"names": ["model.norm.weight", "model.nrom.*"]}, ["got", "model.nrom.*", "stream.metadata()"]),
+        ({"names": []}, ["no tensor of the model"]),
+        ({"bucket_bytes": "1GB"}, ["not positive", "'1GB'"]),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused_on_all_ranks(device_ranks, sources, options, words):
+    for text in device_ranks.run(refused, sources("qwen3").folder, {"tp": 2}, options, ranks=[0, 1]):
+        assert all(word in text for word in words), text
 
 
 @pytest.mark.parametrize(("name", "layout"), [("qwen3_moe", EXPERTS), ("llama-tied", {"pp": 2})])

@@ -121,28 +121,23 @@ def unequal_streams(path: str, layout: dict[str, Any]) -> str:
     return "no error"
 
 
-def plans_of_exports(path: str, layout: dict[str, Any]) -> list[int]:
-    """How many plans each of three exports made: the last one is of another model, of other groups."""
-    from bridge_core.plan import Plan
+def plans_of_exports(path: str, layout: dict[str, Any]) -> list[set[str]]:
+    """What each of three exports planned: the last one is of another model, of other groups."""
+    from runtime.stream_jobs import planning
+
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mcore_jobs import build
 
-    made: list[int] = []
-    original = Plan.__init__
-
-    def counted(self, *args, **kwargs):
-        made[-1] += 1
-        original(self, *args, **kwargs)
-
+    planned: list[set[str]] = []
     with host_backend():
         bridge, _, chunks = _loaded(path, layout)
         _, _, others = build(bridge.fields, {"pp": 2}, spec="host", vocab_divisible_by=16)
         bridge.load_hf_weights(others)
-        with patch.object(Plan, "__init__", counted):
-            for model in (chunks, chunks, others):
-                made.append(0)
+        for model in (chunks, chunks, others):
+            with planning() as steps:
                 assert list(bridge.export_hf_weights(model))
-    return made
+            planned.append(set(steps))
+    return planned
 
 
 def words_beside_nccl() -> tuple[list[Any], list[bool]]:

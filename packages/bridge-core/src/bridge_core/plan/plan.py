@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ class Plan:
         self._by_name = {entry.name: entry for entry in self.entries}
         self._forms: dict[tuple[str, int], LocalForm] = {}
         self._dense: dict[tuple[str, int, int, int], list[Shard]] = {}
+        self._held: dict[int, tuple[Shard, ...]] = {}
 
     # --- Both sides, whole ---------------------------------------------------------------------
 
@@ -176,11 +178,18 @@ class Plan:
         return {fill(e.name, *instance): e.shape for e in self.entries for instance in e.instances()}
 
     def metadata(self) -> list[TensorMeta]:
-        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export; with a codec, as stored."""
+        """Name, dtype, shape, bytes and group of every HF tensor, in the order of export; with a codec, as stored.
+
+        Tensors of one group follow one another.
+        """
         return self.as_stored(self.plain_metadata())
 
     def plain_metadata(self) -> list[TensorMeta]:
         """`metadata` as it is without a codec."""
+        return list(self._plain_metadata)
+
+    @cached_property
+    def _plain_metadata(self) -> tuple[TensorMeta, ...]:
         found: dict[str, TensorMeta] = {}
         for entry in self.entries:
             for layer, expert in entry.instances():
@@ -194,7 +203,10 @@ class Plan:
                     found.setdefault(hf, TensorMeta(hf, dtype, tensor.shape, nbytes, group))
         for name, copy in self.written_copies.items():
             found[name] = found[copy.of]._replace(name=name)
-        return list(found.values())
+        groups: dict[str, list[TensorMeta]] = {}
+        for meta in found.values():
+            groups.setdefault(meta.group, []).append(meta)
+        return tuple(chain.from_iterable(groups.values()))
 
     def as_stored(self, metadata: Iterable[TensorMeta]) -> list[TensorMeta]:
         """Metadata of plain weights as that of the tensors which store them: a quantised one as its parts."""
@@ -212,12 +224,14 @@ class Plan:
         """What `rank` owns of which HF tensor: one shard per parameter of its model chunks.
 
         With tied embeddings and several pipeline stages, the last stage holds a copy of the embedding
-        under the name `output_layer.weight`, as in megatron-core.
+        under the name `output_layer.weight`, as in megatron-core. Those of the last rank that was asked for are kept.
         """
-        return list(self.iter_local_shards(rank))
+        if rank not in self._held:
+            self._held = {rank: tuple(self.iter_local_shards(rank))}
+        return list(self._held[rank])
 
     def iter_local_shards(self, rank: int) -> Iterator[Shard]:
-        """`local_shards`, one at a time."""
+        """`local_shards` as they are made; experts' are not kept."""
         coords = self.layout.coords(rank)
         for stage in self.placement.stages_of(coords.pp):
             for entry in self.entries:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 from math import prod
+from operator import attrgetter
 from typing import NamedTuple
 
 from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
+from bridge_core.errors import ConfigError
 from bridge_core.geometry import Shape
 from bridge_core.plan.entries import Entry
 
@@ -48,4 +51,38 @@ def as_stored(metadata: Iterable[TensorMeta], codec: Codec | None, quantised: Co
         for name, (dtype, shape) in codec.parts(meta.name, meta.shape).items():
             nbytes = prod(shape) * dtype_of(dtype).itemsize
             found.append(meta._replace(name=name, dtype=dtype, shape=shape, nbytes=nbytes))
+    return found
+
+
+def subsets(metadata: Iterable[TensorMeta], nbytes: int, *, align: int = 1) -> list[list[TensorMeta]]:
+    """Metadata in its order, cut into parts of at most `nbytes`; a group is never split, and may make a larger part.
+
+    A part is a stream of its own with `names=[meta.name for meta in part]`: a sync can be spread over several steps.
+
+    Args:
+        metadata: of a plan or a stream; tensors of one group follow one another.
+        nbytes: bytes of a part.
+        align: bytes of which every tensor takes a multiple.
+
+    Raises:
+        ConfigError: `nbytes` is no positive number of bytes.
+    """
+    if not isinstance(nbytes, int) or nbytes < 1:
+        raise ConfigError(
+            "a number of bytes is not positive",
+            where="nbytes of a part, or bucket_bytes",
+            expected="a whole number of at least 1",
+            got=repr(nbytes),
+            fix="pass bytes as a number, such as 512 * 1024 * 1024",
+        )
+    found: list[list[TensorMeta]] = []
+    room = -1
+    for _, group in groupby(metadata, key=attrgetter("group")):
+        members = list(group)
+        size = sum(-(-meta.nbytes // align) * align for meta in members)
+        if size > room:
+            found.append([])
+            room = nbytes
+        found[-1] += members
+        room -= size
     return found

@@ -7,20 +7,21 @@ So a bucket is one collective, whatever the layout, and nobody needs to know whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import GEN_CREATED, getgeneratorstate
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import BridgeError, CoverageError
+from bridge_core.errors import BridgeError, ConfigError, CoverageError
 from bridge_core.geometry import Piece
-from bridge_core.plan import Shard, TensorMeta
+from bridge_core.plan import Shard, TensorMeta, subsets
 from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
 from bridge_core.runtime.fp8 import quantise
 from bridge_core.runtime.live import LiveModel, replica_of
@@ -46,7 +47,8 @@ class Stream:
         dtype: dtype of the tensors in the stream; by default that of the parameters, which must then be one.
         bucket_bytes: bytes of a bucket. A group of tensors that must travel together is never split, and
             makes a larger bucket if it has to.
-        names: patterns (as in a shell) of the HF names wanted; their whole groups travel.
+        names: patterns (as in a shell) of the HF names wanted, or of their groups (`TensorMeta.group`); whole groups
+            travel. For parts of at most so many bytes, see `plan.subsets`.
 
     Attributes:
         collectives: how many collectives the stream has run so far.
@@ -124,27 +126,15 @@ class Stream:
     def _wanted(self, dtypes: Mapping[str, str]) -> list[TensorMeta]:
         plan = self.live.plan
         everything = [_in_dtype(meta, dtypes[meta.name]) for meta in plan.plain_metadata()]
-        chosen = {m.group for m in everything if any(fnmatchcase(m.name, pattern) for pattern in self.names)}
-        if not chosen:
-            raise CoverageError("no tensor of the model has such a name", where=", ".join(self.names))
-        return [m for m in everything if m.group in chosen]
+        chosen = _groups_named(plan.as_stored(everything), self.names)
+        return [meta for meta in everything if meta.group in chosen]
 
     def _fill_buckets(self) -> list[list[tuple[TensorMeta, int]]]:
         """Tensors with their byte offsets, bucket by bucket; groups whole."""
-        groups: dict[str, list[TensorMeta]] = {}
-        for meta in self._metadata:
-            groups.setdefault(meta.group, []).append(meta)
         buckets: list[list[tuple[TensorMeta, int]]] = []
-        end = self.bucket_bytes + 1
-        for members in groups.values():
-            size = sum(-(-m.nbytes // _ALIGN) * _ALIGN for m in members)
-            if end + size > self.bucket_bytes:
-                buckets.append([])
-                end = 0
-            for meta in members:
-                buckets[-1].append((meta, end))
-                end += -(-meta.nbytes // _ALIGN) * _ALIGN
-        self._metadata = [meta for bucket in buckets for meta, _ in bucket]
+        for members in subsets(self._metadata, self.bucket_bytes, align=_ALIGN):
+            ends = accumulate(-(-meta.nbytes // _ALIGN) * _ALIGN for meta in members)
+            buckets.append(list(zip(members, [0, *ends], strict=False)))
         return buckets
 
     def _owned_pieces(self) -> dict[str, list[tuple[Shard, Piece]]]:
@@ -265,6 +255,37 @@ def _tensors(bucket: list[tuple[TensorMeta, int]], data: Tensor) -> Iterator[tup
     """The tensors of a bucket as flat views of its bytes."""
     for meta, at in bucket:
         yield meta, data[at : at + meta.nbytes].view(torch_dtype(meta.dtype))
+
+
+def _groups_named(metadata: Sequence[TensorMeta], patterns: Collection[str]) -> set[str]:
+    """The groups that a pattern names, by itself or by one of its tensors.
+
+    Raises:
+        ConfigError: the patterns are one string, whose letters would be taken for patterns.
+        CoverageError: a pattern names nothing.
+    """
+    if isinstance(patterns, str):
+        raise ConfigError(
+            "names of a stream are several patterns",
+            where="names",
+            expected=f"a collection of patterns, such as [{patterns!r}]",
+            got=repr(patterns),
+        )
+    chosen: set[str] = set()
+    unused: list[str] = []
+    for pattern in patterns:
+        found = {m.group for m in metadata if fnmatchcase(m.name, pattern) or fnmatchcase(m.group, pattern)}
+        chosen |= found
+        unused += [] if found else [pattern]
+    if unused or not chosen:
+        raise CoverageError(
+            "a name that was asked for is no tensor of the model",
+            where="names",
+            expected="patterns of HF names, or of the groups in `metadata`",
+            got=", ".join(unused) or "none",
+            fix="look them up in stream.metadata() or plan.metadata()",
+        )
+    return chosen
 
 
 def _left_early() -> BridgeError:
