@@ -129,7 +129,7 @@ def test_parts_of_a_stream_keep_order_bytes_and_groups(name):
 
 @pytest.mark.parametrize("nbytes", [0, -1, "1GB", 1.5])
 def test_a_part_has_a_positive_number_of_bytes(nbytes):
-    with pytest.raises(ConfigError, match="a number of bytes is not positive"):
+    with pytest.raises(ConfigError, match="no positive whole number"):
         subsets([], nbytes)
 
 

@@ -17,7 +17,6 @@ from bridge_core.topology import ParallelLayout
 
 if TYPE_CHECKING:
     # Planning alone does without the machinery that moves bytes.
-
     from bridge_core.checkpoint.convert import Report
     from bridge_core.runtime.describe import LocalShard, M2NEntry, WeightSource
     from bridge_core.runtime.live import LiveModel
@@ -224,7 +223,16 @@ class AutoBridge:
         return load_megatron_model(model, path, self.family, self.fields, **{"ignore": self.ignore, **options})
 
     def stream(self, model: Any, *, groups: Any = None, fp8: bool = False, **options: Any) -> Stream:
-        """The export of a live model, planned once for many passes. See `runtime.stream.Stream`.
+        """The export of a live model, planned once for many passes. Collective. See `runtime.stream.Stream`.
+
+        Args:
+            model: chunks of this rank, wrapped or not.
+            groups: process groups of the model; by default those it was built with.
+            fp8: see below.
+            options: `group`, `dtype`, `bucket_bytes` and `names` of a `Stream`.
+
+        Raises:
+            BridgeError: on every rank: the model does not fit the bridge, or ranks ask for different things.
 
         With `fp8`, the weights that are quantised in the bridge's own folder, or in the family's fp8 checkpoints, are
         yielded so, each followed by its scales.
@@ -253,7 +261,7 @@ class AutoBridge:
         return exported(lambda: self.stream(model, **options), cpu=cpu)
 
     def iter_local_shards(self, model: Any, *, groups: Any = None) -> Iterator[LocalShard]:
-        """What this rank holds of which HF tensor, as views; nothing is communicated.
+        """What this rank holds of which HF tensor, as views. Not collective: nothing is communicated.
 
         See `runtime.describe.iter_local_shards`.
         """
@@ -268,7 +276,7 @@ class AutoBridge:
         return m2n_entries(self._live(model, groups))
 
     def weight_source(self, model: Any, *, cpu: bool = False, **options: Any) -> WeightSource:
-        """A live model as vLLM's `WeightSource` protocol has it. See `runtime.describe.WeightSource`.
+        """A live model as vLLM's `WeightSource` protocol has it. Collective. See `runtime.describe.WeightSource`.
 
         Args:
             model: chunks of this rank, wrapped or not.

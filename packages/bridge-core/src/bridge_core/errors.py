@@ -94,3 +94,23 @@ def preview(names: Iterable[object], *, limit: int = 5) -> str:
     items = list(names)
     head = ", ".join(str(item) for item in items[:limit])
     return head if len(items) <= limit else f"{head}, ... ({len(items) - limit} more)"
+
+
+def check_count(where: str, value: object) -> None:
+    """Raise unless an option is a whole number of at least 1.
+
+    Args:
+        where: name of the option.
+        value: what it was given.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"{where} is no positive whole number",
+            where=where,
+            expected="a whole number of at least 1; bytes are such as 512 * 1024 * 1024",
+            got=repr(value),
+            fix=f"pass another {where}, or leave it out",
+        )

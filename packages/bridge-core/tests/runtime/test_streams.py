@@ -151,7 +151,7 @@ def test_collectives_are_bounded_by_buckets_also_of_many_tensors(device_ranks, s
         ({"names": "model.norm.weight"}, ["several patterns", "['model.norm.weight']"]),
         ({"names": ["model.norm.weight", "model.nrom.*"]}, ["got", "model.nrom.*", "stream.metadata()"]),
         ({"names": []}, ["no tensor of the model"]),
-        ({"bucket_bytes": "1GB"}, ["not positive", "'1GB'"]),
+        ({"bucket_bytes": "1GB"}, ["bucket_bytes is no positive whole number", "'1GB'"]),
     ],
 )
 def test_a_stream_that_cannot_be_is_refused_on_all_ranks(device_ranks, sources, options, words):

@@ -10,7 +10,7 @@ from typing import Any
 from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.checkpoint.transfer import Moved, Progress
 from bridge_core.checkpoint.workers import Alone, Workers
-from bridge_core.errors import ConfigError
+from bridge_core.errors import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,5 @@ class Options:
         return cls(**run), {name: value for name, value in given.items() if name not in names}
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ConfigError("threads must be at least 1", where="threads", expected=">= 1", got=self.threads)
+        check_count("threads", self.threads)
         check_wanted(self.dtype)

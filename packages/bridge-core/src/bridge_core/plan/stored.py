@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bridge_core.codecs import Codec
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import ConfigError
+from bridge_core.errors import check_count
 from bridge_core.geometry import Shape
 from bridge_core.plan.entries import Entry
 
@@ -67,14 +67,7 @@ def subsets(metadata: Iterable[TensorMeta], nbytes: int, *, align: int = 1) -> l
     Raises:
         ConfigError: `nbytes` is no positive number of bytes.
     """
-    if not isinstance(nbytes, int) or nbytes < 1:
-        raise ConfigError(
-            "a number of bytes is not positive",
-            where="nbytes of a part, or bucket_bytes",
-            expected="a whole number of at least 1",
-            got=repr(nbytes),
-            fix="pass bytes as a number, such as 512 * 1024 * 1024",
-        )
+    check_count("the size of a part", nbytes)
     found: list[list[TensorMeta]] = []
     room = -1
     for _, group in groupby(metadata, key=attrgetter("group")):

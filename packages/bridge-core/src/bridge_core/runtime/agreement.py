@@ -9,7 +9,7 @@ from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, preview
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.tensors import dtype_name
+from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.runtime.words import words_device
 from bridge_core.runtime.workers import TorchWorkers
 
@@ -49,7 +49,8 @@ def agreed_device(live: LiveModel, group: Any) -> torch.device:
             expected=f"a backend for {found[0]}",
             fix='make the default group with backend="cpu:gloo,cuda:nccl", or move the model',
         )
-    return torch.device("cuda", torch.cuda.current_device()) if found[0] == "cuda" else torch.device("cpu")
+    own = next((home.tensor.device for home in live.homes.values()), None)
+    return own if own is not None else torch.device(found[0], default_device().index)
 
 
 def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:

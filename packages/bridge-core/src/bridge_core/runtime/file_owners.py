@@ -23,7 +23,7 @@ from bridge_core.errors import LayoutError
 from bridge_core.geometry import Box, Piece, Shape, restrict, slabs
 from bridge_core.plan import Plan, Shard
 from bridge_core.runtime.live import LiveModel
-from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, window
+from bridge_core.runtime.tensors import cast, dtype_name, flat, staging, torch_dtype, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,8 +123,8 @@ class WholeFiles:
         self._files = {rank: [f for f, r in zip(layout.files, owners, strict=True) if r == rank] for rank in owners}
         self._rounds = self._planned(max(1, bucket_bytes // max(len(self._files), 1)), frozenset(left))
         self._device = live.device
-        self._out = self._buffer(max((sum(map(_nbytes, each.sending)) for each in self._rounds), default=0))
-        self._in = self._buffer(max((sum(map(_nbytes, each.coming)) for each in self._rounds), default=0))
+        self._out = staging(max((sum(map(_nbytes, each.sending)) for each in self._rounds), default=0), live.device)
+        self._in = staging(max((sum(map(_nbytes, each.coming)) for each in self._rounds), default=0), live.device)
         self._failure: Exception | None = None
         self._written = self._sent = 0
         self._opened: list[str] = []
@@ -207,11 +207,6 @@ class WholeFiles:
                 window(data, cut.piece.shape, cut.piece.source).copy_(part.view(cut.piece.shape))
             descriptor = files.descriptor(str(folder / block.file), write=True)
             self._written += write_all(descriptor, data.cpu().view(torch.uint8).numpy().data, block.offset)
-
-    def _buffer(self, nbytes: int) -> Tensor:
-        import torch
-
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
         """Run a step unless this rank has failed. An error waits for the next round, where the others hear of it."""

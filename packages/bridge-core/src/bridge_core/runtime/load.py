@@ -18,13 +18,13 @@ from bridge_core.checkpoint.reading import Reader
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, in_file_order, in_threads, place_of, share
 from bridge_core.checkpoint.workers import jointly
-from bridge_core.errors import ConfigError, CoverageError
+from bridge_core.errors import ConfigError, CoverageError, check_count
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.patterns import fill as fill_name
 from bridge_core.plan import Shard
 from bridge_core.runtime.live import LiveModel, matches, open_live
-from bridge_core.runtime.node_load import NodeTally, fill_from_node
+from bridge_core.runtime.node_load import Tally, fill_from_node
 from bridge_core.runtime.tensors import dtype_name, flat, host_memory, read_into
 from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
@@ -137,6 +137,8 @@ def load_live(
     workers = TorchWorkers(group)
 
     def check() -> tuple[LiveModel, HfFolder, tuple[str, ...]]:
+        check_count("threads", threads)
+        check_count("bucket_bytes", bucket_bytes)
         if one_reader_per_node:
             _check_node(node_group)
         folder = open_hf(path)
@@ -147,7 +149,7 @@ def load_live(
     left = _left(live, allowed_mismatched, workers) if allowed_mismatched else ()
     workers.together(lambda: check_copies(live.plan, folder, rank=workers.rank, size=workers.size))
 
-    def fill() -> NodeTally:
+    def fill() -> Tally:
         if one_reader_per_node:
             return fill_from_node(live, folder, node_group, bucket_bytes)
         return _fill(live, folder, threads)
@@ -200,7 +202,7 @@ def _left(live: LiveModel, allowed: Collection[str], workers: TorchWorkers) -> t
     return left
 
 
-def _fill(live: LiveModel, folder: HfFolder, threads: int) -> NodeTally:
+def _fill(live: LiveModel, folder: HfFolder, threads: int) -> Tally:
     """Fill all parameters with what this rank reads itself, each thread going once through its part of the files."""
     work = sorted(((_job(live, folder, shard), flat(live.tensor(shard))) for shard in live.shards), key=_place)
     rest = iter(work)
@@ -211,7 +213,7 @@ def _fill(live: LiveModel, folder: HfFolder, threads: int) -> NodeTally:
         readers = [Reader(files, host_memory(live.device)) for _ in shares]
         parts = [list(islice(rest, len(jobs))) for jobs in shares]  # shares follow one another
         in_threads([partial(_fill_some, *both, stop) for both in zip(parts, readers, strict=True)], stop)
-    return NodeTally(sum(reader.nbytes for reader in readers), 0)
+    return Tally(sum(reader.nbytes for reader in readers), 0)
 
 
 def _job(live: LiveModel, folder: HfFolder, shard: Shard) -> Job:

@@ -33,14 +33,14 @@ Bucket = list[tuple[str, int]]
 """Tensors by name, each with the place of its first byte in a bucket."""
 
 
-class NodeTally(NamedTuple):
+class Tally(NamedTuple):
     """Bytes that this rank read from files, and broadcasts that it took part in."""
 
     bytes_read: int
     broadcasts: int
 
 
-def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_bytes: int) -> NodeTally:
+def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_bytes: int) -> Tally:
     """Fill the parameters of `live`; rank 0 of `node_group` reads. Collective over `node_group`.
 
     If a rank fails, all ranks of the node raise before the next broadcast.
@@ -77,7 +77,7 @@ def fill_from_node(live: LiveModel, folder: HfFolder, node_group: Any, bucket_by
             _broadcast(room[:size], node_group)
             heard = bucket
         turn([])
-    return NodeTally(reading.nbytes, len(buckets))
+    return Tally(reading.nbytes, len(buckets))
 
 
 def _broadcast(data: Tensor, group: Any) -> None:

@@ -21,7 +21,7 @@ from bridge_core.checkpoint.output import check_apart, check_free, real_path, wr
 from bridge_core.checkpoint.safetensors import Stored
 from bridge_core.checkpoint.transfer import Job, share, transfer
 from bridge_core.checkpoint.workers import jointly
-from bridge_core.errors import ConfigError, OutputError, preview
+from bridge_core.errors import ConfigError, OutputError, check_count, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Piece, View, row_major
 from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
@@ -157,6 +157,8 @@ def save_live(
     output = real_path(Path(path))
 
     def check() -> tuple[LiveModel, HfFolder | None]:
+        check_count("max_shard_size", max_shard_size)
+        check_count("bucket_bytes", bucket_bytes)
         check_free(output, overwrite=overwrite)
         if fp8 and one_writer_per_file:
             raise ConfigError(

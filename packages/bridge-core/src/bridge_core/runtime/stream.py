@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import BridgeError, ConfigError, CoverageError
+from bridge_core.errors import BridgeError, ConfigError, CoverageError, check_count
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta, subsets
 from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
@@ -120,6 +120,7 @@ class Stream:
         yield codec.scale_name(name), scales
 
     def _lay_out(self, dtypes: Mapping[str, str]) -> None:
+        check_count("bucket_bytes", self.bucket_bytes)
         self._metadata = self._wanted(dtypes)
         self._buckets = self._fill_buckets()
 
