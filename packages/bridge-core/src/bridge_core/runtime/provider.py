@@ -68,7 +68,6 @@ class Provider:
         known = {f.name for f in dataclass_fields(kind) if f.init} | set(_BESIDE)
         object.__setattr__(self, "_known", known)
         object.__setattr__(self, "_settings", {"make_vocab_size_divisible_by": 1})
-        object.__setattr__(self, "_final", False)
         object.__setattr__(self, "spec", spec or default_spec())
         _check_version(fields, known)
         self.apply_overrides({name: value for name, value in fields.items() if name in known})
@@ -96,7 +95,6 @@ class Provider:
                 fix="check the name against the installed megatron-core",
             )
         self._settings[name] = value
-        object.__setattr__(self, "_final", False)
 
     def apply_overrides(self, overrides: Mapping[str, Any]) -> Provider:
         """Set many settings at once, for trainers that keep them in a dict. All are checked before any is set."""
@@ -167,9 +165,7 @@ class Provider:
             if self.spec == "local":
                 # mcore's torch norm refuses it; without it, experts with tp > 1 can be evaluated, not trained.
                 kwargs["sequence_parallel"] = False
-        config = kind(**kwargs)
-        object.__setattr__(self, "_final", True)
-        return config
+        return kind(**kwargs)
 
     def provide(self, pg_collection: ProcessGroupCollection) -> list[GPTModel | HybridModel]:
         """This rank's model chunks, one per virtual pipeline stage, in mcore's order.
