@@ -216,23 +216,23 @@ class Provider:
         ]
 
     def _chunk(self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int) -> GPTModel | HybridModel:
-        if pattern := self._settings.get("hybrid_layer_pattern"):
-            return hybrid_chunk(
-                config,
-                groups,
-                spec=self.spec,
-                pattern=pattern_with_pipeline(pattern, self.layout, self.mtp_num_layers),
-                stage=stage,
-                vpp=self.layout.vpp,
-                chunk_size=self.mamba_chunk_size,
-                vocab_size=self.padded_vocab,
-                max_sequence_length=self.seq_length,
-                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-                position_embedding_type=self.position_embedding_type,
-            )
-        from megatron.core.models.gpt import GPTModel
+        with placed_by(config, groups, self.layout.vpp):
+            if pattern := self._settings.get("hybrid_layer_pattern"):
+                return hybrid_chunk(
+                    config,
+                    groups,
+                    spec=self.spec,
+                    pattern=pattern_with_pipeline(pattern, self.layout, self.mtp_num_layers),
+                    stage=stage,
+                    vpp=self.layout.vpp,
+                    chunk_size=self.mamba_chunk_size,
+                    vocab_size=self.padded_vocab,
+                    max_sequence_length=self.seq_length,
+                    share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+                    position_embedding_type=self.position_embedding_type,
+                )
+            from megatron.core.models.gpt import GPTModel
 
-        with placed_by(groups, self.layout.vpp):
             arguments = self.model_arguments(config, groups, stage)
             block, vp_stage = arguments["transformer_layer_spec"], arguments["vp_stage"]
             prediction = mtp_spec(self.spec, config, block, pp_rank=groups.pp.rank(), vp_stage=vp_stage)
