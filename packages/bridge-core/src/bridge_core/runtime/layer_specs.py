@@ -48,6 +48,7 @@ def _variant_spec(spec: Spec, config: TransformerConfig, *, pp_rank: int, vp_sta
             where="spec",
             expected="te, or host on a CPU",
             got=spec,
+            fix="install Transformer Engine, or take spec='host' on a CPU",
         )
     from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
         get_transformer_block_with_experimental_attention_variant_spec,
