@@ -43,15 +43,16 @@ def built_without_global_state(path: str, layout: dict[str, Any], wrap_with_ddp:
     from bridge_core.runtime.homes import unwrap
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mamba import mamba_layers
-    from bridge_core.testing.mcore_jobs import settings
+    from bridge_core.testing.mcore_jobs import context_parallel_without_te, settings
     from bridge_core.testing.rank_worker import groups
 
-    sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "dp") if name in layout}
+    sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "cp", "dp") if name in layout}
     provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider(spec="host").apply_overrides(settings(layout))
     before = dict(vars(parallel_state))
     with ExitStack() as stack:
         stack.enter_context(host_backend())
         stack.enter_context(mamba_layers())
+        stack.enter_context(context_parallel_without_te())
         pg = groups(**sizes)
         reads = stack.enter_context(poisoned_parallel_state(READ_BY_MCORE))
         chunks = provider.provide_distributed_model(pg, wrap_with_ddp=wrap_with_ddp)

@@ -89,6 +89,7 @@ def test_any_number_of_replicas_is_taken(rank_pool, published):
 BUILDS = [
     ("qwen3", {"tp": 2}, True),
     ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, True),
+    ("qwen3", {"cp": 2}, True),
     ("qwen3", {"pp": 2, "vpp": 2}, False),
     ("llama-tied", {"pp": 2}, False),
     ("qwen3", {"pp": 2, "num_layers_in_first_pipeline_stage": 1}, False),
