@@ -176,6 +176,10 @@ class Provider:
     def provide(self, pg_collection: ProcessGroupCollection) -> list[GPTModel | HybridModel]:
         """This rank's model chunks, one per virtual pipeline stage, in mcore's order.
 
+        Of mcore's global state nothing is used: where mcore asks for this stage all the same, the groups answer
+        (`placed_by`). It also asks for groups that rematerialise weights (0.19, tensor_parallel/layers.py); without a
+        global state there are none.
+
         Args:
             pg_collection: groups of the layout that the settings say.
 
