@@ -8,13 +8,12 @@ from typing import Any
 
 
 @contextmanager
-def hybrid_host(layout: dict[str, Any]) -> Iterator[None]:
-    """The CPU backend with Mamba layers, and the global state that mcore asks where prediction layers go."""
+def hybrid_host() -> Iterator[None]:
+    """The CPU backend with Mamba layers. mcore has no global state."""
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mamba import mamba_layers
-    from bridge_core.testing.mcore_jobs import global_state
 
-    with host_backend(), mamba_layers(), global_state(layout):
+    with host_backend(), mamba_layers():
         yield
 
 
@@ -79,7 +78,7 @@ def round_trip(path: str, layout: dict[str, Any], out: str, tokens) -> dict[str,
     from bridge_core import AutoBridge
 
     with ExitStack() as stack:
-        stack.enter_context(hybrid_host(layout))
+        stack.enter_context(hybrid_host())
         bridge = AutoBridge.from_hf_pretrained(path)
         pg, chunks = make(bridge, layout)
         with poisoned_parallel_state(frozenset()) as reads:
@@ -108,7 +107,7 @@ def load_by_mcore(path: str, folder: str, layout: dict[str, Any], tokens, save_t
     from bridge_core.testing.mcore_jobs import load, sharded
 
     bridge = AutoBridge.from_hf_pretrained(path)
-    with hybrid_host(layout):
+    with hybrid_host():
         pg, chunks = make(bridge, layout)
         load(chunks, pg, folder)
         found = {key: tensor.detach().clone() for key, tensor in weights(chunks).items()}
@@ -124,7 +123,7 @@ def keys_of(path: str, layout: dict[str, Any]) -> dict[str, Any]:
     from bridge_core import AutoBridge
     from bridge_core.testing.mcore_jobs import sharded
 
-    with hybrid_host(layout):
+    with hybrid_host():
         pg, chunks = make(AutoBridge.from_hf_pretrained(path), layout)
         state = sharded(chunks, pg)
         apply_factories(state)
@@ -149,7 +148,7 @@ def bfloat16_round_trip(path: str, layout: dict[str, Any], out: str) -> dict[str
 
     from bridge_core import AutoBridge
 
-    with hybrid_host(layout):
+    with hybrid_host():
         bridge = AutoBridge.from_hf_pretrained(path)
         _, chunks = make(bridge, layout, params_dtype=torch.bfloat16, bf16=True)
         bridge.load_hf_weights(chunks)

@@ -1,8 +1,63 @@
-"""Jobs for the pool: models built on the groups of mcore's global state, by a caller who chose to have one."""
+"""Jobs for the pool: models built on groups that fit or do not, and on those of mcore's global state."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
+
+# What mcore reads of its global state in spite of groups (`test_host.READS`): None there means "not used".
+READ_BY_MCORE = frozenset({"get_gtp_weight_remat_group", "get_expert_gtp_weight_remat_group"})
+
+
+def on_groups(path: str, sizes: dict[str, Any], layout: dict[str, Any], left_out: str | None = None) -> str:
+    """Build a model of some sizes on the groups of a layout, of which one may be left out; what is said to that."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mcore_jobs import settings
+    from bridge_core.testing.rank_worker import groups
+
+    provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider(spec="host").apply_overrides(settings(sizes))
+    held = vars(groups(**layout))
+    with host_backend():
+        try:
+            provider.provide_distributed_model(
+                ProcessGroupCollection(**{name: group for name, group in held.items() if name != left_out})
+            )
+        except BridgeError as error:
+            return str(error)
+    return "no error"
+
+
+def built_without_global_state(path: str, layout: dict[str, Any], wrap_with_ddp: bool):
+    """Build with every read of the global state poisoned; the reads, whether `parallel_state` is as it was, names."""
+    import megatron.core.models.gpt
+    import megatron.core.models.hybrid.hybrid_model
+    import megatron.core.ssm.mamba_mixer
+    import megatron.core.transformer.multi_latent_attention  # noqa: F401 - poison reaches imported modules only
+    from megatron.core import parallel_state
+    from runtime.helpers import poisoned_parallel_state
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.homes import unwrap
+    from bridge_core.runtime.host import host_backend
+    from bridge_core.testing.mamba import mamba_layers
+    from bridge_core.testing.mcore_jobs import context_parallel_without_te, settings
+    from bridge_core.testing.rank_worker import groups
+
+    sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "cp", "dp") if name in layout}
+    provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider(spec="host").apply_overrides(settings(layout))
+    before = dict(vars(parallel_state))
+    with ExitStack() as stack:
+        stack.enter_context(host_backend())
+        stack.enter_context(mamba_layers())
+        stack.enter_context(context_parallel_without_te())
+        pg = groups(**sizes)
+        reads = stack.enter_context(poisoned_parallel_state(READ_BY_MCORE))
+        chunks = provider.provide_distributed_model(pg, wrap_with_ddp=wrap_with_ddp)
+    names = [name for chunk in unwrap(chunks) for name, _ in chunk.named_parameters()]
+    return sorted(reads), vars(parallel_state) == before, names
 
 
 def on_global_groups(path: str, layout: dict[str, Any], out: str):

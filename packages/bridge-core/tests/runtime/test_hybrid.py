@@ -17,7 +17,7 @@ from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.hf_folder import open_hf
 from bridge_core.checkpoint.keys import extra_state_keys, places, stacked_shape, written_forms
 from bridge_core.errors import ConfigError
-from bridge_core.runtime.provider_hybrid import pattern_with_pipeline
+from bridge_core.runtime.provider_hybrid import pattern_with_pipeline, stack_spec
 from bridge_core.testing.hf_layouts import save_published
 from bridge_core.testing.hf_models import make_model
 from bridge_core.testing.mamba import mamba_layers
@@ -215,8 +215,13 @@ def test_a_trainer_may_spell_the_pipeline_out_itself(made):
     assert provider.layout.vpp == 2
     assert provider.layout.pipeline_model_parallel_layout == "Ett|t|tt|tttmL"
     assert pattern_with_pipeline(provider.hybrid_layer_pattern, provider.layout, 1) == "ME|M|*-|EM*/*E"
-    with pytest.raises(ConfigError, match="last pipeline stage"):
+    with pytest.raises(ConfigError, match=r"last pipeline stage[\s\S]*Ettm\|L[\s\S]*mtp_num_layers to None"):
         pattern_with_pipeline("M*/*E", ParallelLayout(pp=2, pipeline_model_parallel_layout="Ettm|L"), 1)
+
+
+def test_a_hybrid_model_of_mcores_local_modules_is_refused():
+    with pytest.raises(ConfigError, match=r"hybrid models[\s\S]*te or host[\s\S]*local[\s\S]*spec='host'"):
+        stack_spec("local", None)
 
 
 def test_what_mcore_keeps_in_float32_is_never_cast(rank_pool, made, tmp_path):

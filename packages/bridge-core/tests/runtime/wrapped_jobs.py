@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from bridge_core.testing.mcore_jobs import context_parallel_without_te, on_this_device, seed_gpu, settings
 
+
+@context_parallel_without_te()
 def _built(bridge, layout: dict[str, Any], wrapper: str, dtype: str):
     """Groups and chunks, wrapped; every parameter is NaN."""
     import torch
@@ -12,16 +15,13 @@ def _built(bridge, layout: dict[str, Any], wrapper: str, dtype: str):
     from megatron.core.transformer.module import Float16Module
 
     from bridge_core.runtime.provider import Provider
-    from bridge_core.testing.mcore_jobs import on_this_device, seed_gpu, settings
     from bridge_core.testing.rank_worker import groups
 
     sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "cp", "dp") if name in layout}
     pg = groups(**sizes)
     seed_gpu(pg)
     provider = Provider(bridge.fields, spec=on_this_device("host"))
-    # mcore's own attention refuses a configuration with context parallelism. Its groups are what parameters depend on.
-    rest = {name: value for name, value in layout.items() if name != "cp"}
-    provider.apply_overrides(settings(rest) | {"make_vocab_size_divisible_by": 16})
+    provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": 16})
     if dtype == "bf16":
         provider.apply_overrides({"bf16": True, "params_dtype": torch.bfloat16})
     if wrapper in ("ddp", "distributed optimizer"):

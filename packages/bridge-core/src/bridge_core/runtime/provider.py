@@ -45,6 +45,8 @@ _BESIDE = (
     *(*_MODEL_ARGUMENTS, *_HYBRID_ARGUMENTS),
     *("vocab_size", "seq_length", "make_vocab_size_divisible_by", "padded_vocab_size"),
 )
+_SETTINGS = "fields of TransformerConfig, or arguments of GPTModel or HybridModel"
+_CHECK_NAMES = "check the names against the installed megatron-core"
 
 
 class Provider:
@@ -68,7 +70,6 @@ class Provider:
         known = {f.name for f in dataclass_fields(kind) if f.init} | set(_BESIDE)
         object.__setattr__(self, "_known", known)
         object.__setattr__(self, "_settings", {"make_vocab_size_divisible_by": 1})
-        object.__setattr__(self, "_final", False)
         object.__setattr__(self, "spec", spec or default_spec())
         _check_version(fields, known)
         self.apply_overrides({name: value for name, value in fields.items() if name in known})
@@ -91,18 +92,21 @@ class Provider:
             raise ConfigError(
                 "a provider has no such setting",
                 where=name,
-                expected="a field of TransformerConfig, or an argument of GPTModel",
+                expected=_SETTINGS,
                 got=f"{name}={value!r}",
-                fix="check the name against the installed megatron-core",
+                fix=_CHECK_NAMES,
             )
         self._settings[name] = value
-        object.__setattr__(self, "_final", False)
 
     def apply_overrides(self, overrides: Mapping[str, Any]) -> Provider:
         """Set many settings at once, for trainers that keep them in a dict. All are checked before any is set."""
         if unknown := sorted(set(overrides) - self._known):
             raise ConfigError(
-                "a provider has no such settings", where=", ".join(unknown), expected="fields of TransformerConfig"
+                "a provider has no such settings",
+                where=", ".join(unknown),
+                expected=_SETTINGS,
+                got=", ".join(f"{name}={overrides[name]!r}" for name in unknown),
+                fix=_CHECK_NAMES,
             )
         for name, value in overrides.items():
             setattr(self, name, value)
@@ -167,26 +171,24 @@ class Provider:
             if self.spec == "local":
                 # mcore's torch norm refuses it; without it, experts with tp > 1 can be evaluated, not trained.
                 kwargs["sequence_parallel"] = False
-        config = kind(**kwargs)
-        object.__setattr__(self, "_final", True)
-        return config
+        return kind(**kwargs)
 
     def provide(self, pg_collection: ProcessGroupCollection) -> list[GPTModel | HybridModel]:
         """This rank's model chunks, one per virtual pipeline stage, in mcore's order.
 
+        Of mcore's global state nothing is used: where mcore asks for this stage all the same, the groups answer
+        (`placed_by`). It also asks for groups that rematerialise weights (0.19, tensor_parallel/layers.py); without a
+        global state there are none.
+
         Args:
-            pg_collection: groups of the layout that the settings say. Nothing global is read.
+            pg_collection: groups of the layout that the settings say.
 
         Raises:
-            ConfigError: the groups are not of the layout's sizes.
+            ConfigError: the groups are not of the layout's sizes (tp, pp, cp, ep, etp; `dp` may be any), or one is
+                not there.
         """
         config = self.finalize()
-        sizes = {"tp": pg_collection.tp.size(), "pp": pg_collection.pp.size()}
-        wanted = {"tp": self.layout.tp, "pp": self.layout.pp}
-        if sizes != wanted:
-            raise ConfigError(
-                "process groups differ from the settings", where="pg_collection", expected=wanted, got=sizes
-            )
+        _check_groups(self.layout, pg_collection)
         return [self._chunk(config, pg_collection, stage) for stage in range(self.layout.vpp)]
 
     def provide_distributed_model(
@@ -195,7 +197,7 @@ class Provider:
         """`provide`, moved to this rank's GPU where there is one, and wrapped in mcore's DDP if asked to.
 
         Args:
-            pg_collection: groups of the layout that the settings say. Nothing global is read.
+            pg_collection: groups of the layout that the settings say.
             wrap_with_ddp: wrap every chunk in `DistributedDataParallel`.
             ddp_config: its `DistributedDataParallelConfig`; by default mcore's defaults.
         """
@@ -220,23 +222,23 @@ class Provider:
         ]
 
     def _chunk(self, config: TransformerConfig, groups: ProcessGroupCollection, stage: int) -> GPTModel | HybridModel:
-        if pattern := self._settings.get("hybrid_layer_pattern"):
-            return hybrid_chunk(
-                config,
-                groups,
-                spec=self.spec,
-                pattern=pattern_with_pipeline(pattern, self.layout, self.mtp_num_layers),
-                stage=stage,
-                vpp=self.layout.vpp,
-                chunk_size=self.mamba_chunk_size,
-                vocab_size=self.padded_vocab,
-                max_sequence_length=self.seq_length,
-                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-                position_embedding_type=self.position_embedding_type,
-            )
-        from megatron.core.models.gpt import GPTModel
+        with placed_by(config, groups, self.layout.vpp):
+            if pattern := self._settings.get("hybrid_layer_pattern"):
+                return hybrid_chunk(
+                    config,
+                    groups,
+                    spec=self.spec,
+                    pattern=pattern_with_pipeline(pattern, self.layout, self.mtp_num_layers),
+                    stage=stage,
+                    vpp=self.layout.vpp,
+                    chunk_size=self.mamba_chunk_size,
+                    vocab_size=self.padded_vocab,
+                    max_sequence_length=self.seq_length,
+                    share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+                    position_embedding_type=self.position_embedding_type,
+                )
+            from megatron.core.models.gpt import GPTModel
 
-        with placed_by(groups, self.layout.vpp):
             arguments = self.model_arguments(config, groups, stage)
             block, vp_stage = arguments["transformer_layer_spec"], arguments["vp_stage"]
             prediction = mtp_spec(self.spec, config, block, pp_rank=groups.pp.rank(), vp_stage=vp_stage)
@@ -282,6 +284,31 @@ def _check_version(fields: Fields, known: set[str]) -> None:
         )
 
 
+# Size of a layout -> the group that has it, and the setting that says it.
+_AXES = {
+    "tp": ("tp", "tensor_model_parallel_size"),
+    "pp": ("pp", "pipeline_model_parallel_size"),
+    "cp": ("cp", "context_parallel_size"),
+    "ep": ("ep", "expert_model_parallel_size"),
+    "etp": ("expt_tp", "expert_tensor_parallel_size"),
+}
+
+
+def _check_groups(layout: ParallelLayout, groups: ProcessGroupCollection) -> None:
+    """Raise unless the groups have the sizes of a layout: mcore builds by the groups, and checks few against it."""
+    held = {axis: getattr(groups, name, None) for axis, (name, _) in _AXES.items()}
+    found = {axis: None if group is None else group.size() for axis, group in held.items()}
+    wanted = {axis: getattr(layout, axis) for axis in _AXES}
+    if differ := [axis for axis in _AXES if found[axis] != wanted[axis]]:
+        raise ConfigError(
+            "process groups differ from the settings",
+            where="pg_collection, " + ", ".join(_AXES[axis][0] for axis in differ),
+            expected=", ".join(f"{axis}={wanted[axis]} ({_AXES[axis][1]})" for axis in differ),
+            got=", ".join(f"{axis}={found[axis] or 'no group'}" for axis in differ),
+            fix="set these sizes to those of the groups, or make the groups with pg_collection of the sizes set",
+        )
+
+
 def default_spec() -> Spec:
     """Transformer Engine where it is installed and a GPU is there; the CPU host backend otherwise."""
     from importlib.util import find_spec
@@ -300,4 +327,13 @@ def _activation(name: Any) -> Any:
     from megatron.core.activations import squared_relu
 
     functional = torch.nn.functional
-    return {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}[name]
+    known = {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}
+    if name not in known:
+        raise ConfigError(
+            "no activation function has this name",
+            where="activation_func",
+            expected=" or ".join(known),
+            got=name,
+            fix="give one of these names, or the function itself",
+        )
+    return known[name]

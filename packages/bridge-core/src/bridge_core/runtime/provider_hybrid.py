@@ -47,6 +47,7 @@ def pattern_with_pipeline(text: str, layout: ParallelLayout, mtp_num_layers: int
             where="pipeline_model_parallel_layout",
             expected="'m' in the last chunk",
             got=layout.pipeline_model_parallel_layout,
+            fix="put every 'm' into the last chunk, or set mtp_num_layers to None to build without prediction",
         )
     return str(with_chunks(pattern, placement) if layout.pp > 1 else pattern._replace(chunks=(pattern.decoder,)))
 
@@ -78,7 +79,7 @@ def hybrid_chunk(
     pp, rank = groups.pp.size(), groups.pp.rank()
     return HybridModel(
         config,
-        _stack_spec(spec, chunk_size),
+        stack_spec(spec, chunk_size),
         hybrid_layer_pattern=pattern,
         pre_process=rank == 0 and stage == 0,
         post_process=rank == pp - 1 and stage == vpp - 1,
@@ -89,7 +90,12 @@ def hybrid_chunk(
     )
 
 
-def _stack_spec(spec: str, chunk_size: int | None) -> Any:
+def stack_spec(spec: str, chunk_size: int | None) -> Any:
+    """The modules that a hybrid model is made of, with the chunk size of their scans if one is given.
+
+    Raises:
+        ConfigError: there are no such modules in megatron-core.
+    """
     if spec == "host":
         from bridge_core.runtime.host import host_hybrid_stack_spec
 

@@ -30,8 +30,11 @@ def torch_dtype(name: str) -> Any:
     return getattr(torch, dtype_of(name).torch)
 
 
-def cast(tensor: Tensor, dtype: str) -> Tensor:
+def cast(tensor: Tensor, dtype: str, *, where: str | None = None) -> Tensor:
     """A tensor in another dtype, given by its safetensors name.
+
+    Args:
+        where: what the error says of the tensor: its name.
 
     Raises:
         CheckpointError: a finite value is beyond the range of that dtype; it would become infinite in silence.
@@ -46,6 +49,7 @@ def cast(tensor: Tensor, dtype: str) -> Tensor:
     if narrower and made.numel() and not made.isfinite().all() and (lost := ~made.isfinite() & tensor.isfinite()).any():
         raise CheckpointError(
             f"values do not fit into {wanted}",
+            where=where,
             expected=f"absolute values of at most {torch.finfo(wanted).max:.6g}",
             got=f"{int(lost.sum())} larger one(s), such as {float(tensor[lost].flatten()[0])}",
             fix="keep the dtype that the tensors have, or choose a wider one",

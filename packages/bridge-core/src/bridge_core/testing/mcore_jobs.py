@@ -65,6 +65,31 @@ def settings(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
+def context_parallel_without_te() -> Iterator[None]:
+    """mcore's own attention can be built with context parallelism, although it cannot compute so.
+
+    Context parallelism is Transformer Engine's alone (0.16.1 and 0.19.2, transformer/dot_product_attention.py,
+    `DotProductAttention.__init__`); what a rank holds does not depend on whose attention it is.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    build = DotProductAttention.__init__
+
+    def built(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        size, config.context_parallel_size = config.context_parallel_size, 1
+        try:
+            build(self, config, *args, **kwargs)
+        finally:
+            config.context_parallel_size = size
+
+    DotProductAttention.__init__ = built
+    try:
+        yield
+    finally:
+        DotProductAttention.__init__ = build
+
+
+@contextmanager
 def global_state_where_mcore_needs_it(chunks: list[Any], pg: Any) -> Iterator[None]:
     """mcore asks its global state for a data-parallel rank when an embedding is on two stages, tied or for MTP.
 

@@ -15,7 +15,8 @@ Groups are arguments: building, running, training and checkpointing a `GPTModel`
 global `parallel_state`, except that
 
 - 0.19.2 asks for two weight-rematerialisation groups (`tensor_parallel/layers.py`) and gets None: not used;
-- multi-token prediction asks which pipeline stage this is, and needs the global state initialised;
+- multi-token prediction and a pipeline layout string ask which pipeline stage this is, and need the global state
+  initialised (not in a model that a `Provider` builds: it answers by the groups);
 - so does the loss inside the model (`labels=...`) on 0.16.1 (`tensor_parallel/cross_entropy.py`); compute it
   from the logits. On 0.19.2 it works, with `parallel_output=True`.
 
