@@ -144,6 +144,23 @@ def mixed_dtypes(path: str, layout: dict[str, Any], out: str):
     return told, asked
 
 
+def count(path: str, layout: dict[str, Any], verb: str, out: str, options: dict[str, Any]) -> str:
+    """A verb with a count that is none; what this rank is told."""
+    from bridge_core import BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    with host_backend():
+        bridge, _, chunks = _load(path, layout)
+        try:
+            if verb == "load":
+                bridge.load_hf_weights(chunks, **options)
+            else:
+                bridge.save_hf_pretrained(chunks, out, **options)
+        except BridgeError as error:
+            return str(error)
+    return "no error"
+
+
 def contradict(path: str, layout: dict[str, Any], out: str) -> list[str]:
     """Options that exclude or want one another; each error's text."""
     from bridge_core import BridgeError

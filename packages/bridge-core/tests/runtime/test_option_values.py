@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 from runtime.option_value_jobs import (
     contradict,
+    count,
     in_other_groups,
     load_in_threads,
     mixed_dtypes,
@@ -92,6 +93,22 @@ def test_one_reader_and_fp8_files_say_what_they_lack(device_ranks, sources, tmp_
 
 
 # --- Saving --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("load", {"threads": 0}),
+        ("load", {"bucket_bytes": 0}),
+        ("save", {"max_shard_size": 0}),
+        ("save", {"bucket_bytes": "1GB"}),
+    ],
+)
+def test_counts_are_whole_and_positive(device_ranks, folders, tmp_path, verb, options):
+    (name,) = options
+    for text in device_ranks.run(count, str(folders("qwen3")), TP2, verb, str(tmp_path / "out"), options, **RUN):
+        assert f"{name} is no positive whole number" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_holds_something_is_refused_or_replaced(device_ranks, sources, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -208,3 +209,4 @@ def test_a_rank_that_cannot_fill_a_bucket_says_why_to_all(device_ranks, sources,
         else:
             assert text.startswith("WorkerError: worker 1 failed: ")
             assert own.partition(": ")[2] in text
+        assert way == "memory" or re.search(r"where: +(model\.|lm_head\.)", text), text

@@ -45,8 +45,9 @@ def agreed_device(live: LiveModel, group: Any) -> torch.device:
     if found[0] not in backends:
         raise ConfigError(
             f"the process group cannot exchange parameters that are on a {found[0].upper()}",
-            where=f"backends {backends}",
+            where="the group of all ranks",
             expected=f"a backend for {found[0]}",
+            got=backends,
             fix='make the default group with backend="cpu:gloo,cuda:nccl", or move the model',
         )
     own = next((home.tensor.device for home in live.homes.values()), None)

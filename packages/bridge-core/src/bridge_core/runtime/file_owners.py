@@ -194,7 +194,7 @@ class WholeFiles:
                 source = window(flat(self.live.tensor(cut.shard)), cut.piece.shape, cut.piece.target)
                 if shift := self.live.plan.entry(cut.shard.entry).shift:
                     source = source.float() - shift
-                part.view(cut.piece.shape).copy_(cast(source, dtype_name(part)))
+                part.view(cut.piece.shape).copy_(cast(source, dtype_name(part), where=cut.piece.source.tensor))
                 self._sent += part.nbytes if rank != self._rank else 0
 
     def _write(self, folder: Path, each: _Round, files: OpenFiles) -> None:

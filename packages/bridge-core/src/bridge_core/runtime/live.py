@@ -281,6 +281,7 @@ def _check_memory(tensor: Tensor, shard: Shard, where: str) -> None:
             "a parameter is on the meta device and has no memory",
             where=where,
             expected="a parameter on a CPU or GPU",
+            got="meta",
             fix="materialise the model first, for example with model.to_empty(device=...)",
         )
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_contiguous():

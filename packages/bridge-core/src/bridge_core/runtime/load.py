@@ -171,6 +171,7 @@ def _check_node(node_group: Any) -> None:
             where="node_group",
             expected="a process group of the ranks of this node",
             got="None",
+            fix="pass node_group, made with torch.distributed.new_group over the ranks of each node",
         )
 
 

@@ -142,7 +142,7 @@ def _copy(
             target = window(flat(live.tensor(shard)), piece.shape, piece.target)
             values = window(source, piece.shape, piece.source)
             shift = live.plan.entry(shard.entry).shift
-            target.copy_(cast(values.float() + shift if shift else values, dtype_name(target)))
+            target.copy_(cast(values.float() + shift if shift else values, dtype_name(target), where=name))
 
 
 def _part(data: Tensor, at: int, stored: Any) -> Tensor:

@@ -142,12 +142,12 @@ class SharedFiles:
         for piece in pieces:
             back = piece.inverse()
             if back.target.tensor in self._scales:
-                self._write_quantised(cast(tensor, self._dtypes[back.target.tensor]), back)
+                self._write_quantised(cast(tensor, self._dtypes[back.target.tensor], where=back.target.tensor), back)
                 continue
             for name in self.names(back.target.tensor):
                 dtype = self._places[name][2]
                 if dtype not in held:
-                    held[dtype] = cast(tensor, dtype).cpu()
+                    held[dtype] = cast(tensor, dtype, where=name).cpu()
                 self.put(name, held[dtype], back)
 
     def _write_quantised(self, tensor: Tensor, piece: Piece) -> None:

@@ -179,7 +179,7 @@ class Stream:
                 source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
                 if shift := self.live.plan.entry(shard.entry).shift:
                     source = source.float() - shift
-                window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target)))
+                window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target), where=meta.name))
         return data
 
     def _agree(self, failure: Exception | None) -> None:

@@ -237,7 +237,7 @@ def _fill(ready: _Ready, folder: Path, rank: int, size: int, writer: Writer, kv_
         def put(name: str, tensor: Tensor) -> None:
             nonlocal written
             file, offset, dtype, _ = places[name]
-            data = cast(tensor, dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            data = cast(tensor, dtype, where=name).contiguous().reshape(-1).view(torch.uint8).numpy().data
             written += write_all(files.descriptor(str(folder / file), write=True), data, offset)
 
         for name, job in _share(list(_jobs(ready)), rank, size):
