@@ -185,6 +185,16 @@ def test_the_picture_of_the_architecture_is_what_the_imports_are_held_to():
     assert drawn == [room.strip() for layer in contract["layers"] for room in layer.split("|")]
 
 
+@pytest.mark.parametrize("room", ["checkpoint", "runtime"])
+def test_the_table_of_a_room_names_its_modules(room):
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition(f"## Inside `{room}`\n")[2].partition("\n## ")[0]
+    inside = Path(bridge_core.__file__).parent / room
+    modules = {file.stem for file in inside.rglob("*.py")} - {"__init__"}
+    packages = {file.parent.name for file in inside.rglob("__init__.py")} - {room}
+    assert set(re.findall(r"`(\w+)`", table)) == modules | packages
+
+
 def test_every_decision_fits_a_screen_and_is_listed():
     listed = (DOCS / "decisions" / "index.md").read_text(encoding="utf-8")
     decisions = sorted((DOCS / "decisions").glob("0*.md"))
