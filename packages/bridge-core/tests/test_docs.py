@@ -5,6 +5,7 @@ A page is run from top to bottom in a folder of its own, in one namespace:
 * a `{code-block}` with a caption is a file: it is written under that name, and can be imported;
 * a `pycon` block is a doctest, and its output is compared; a plain `python` block is executed;
 * a comment `% needs: module, ...` above a block leaves it out where a module is not installed;
+* the scripts in `ON_TWO_RANKS` are started by torchrun; `python` blocks that follow on their page go on where they end;
 * of a `console` block, `bridge-core` commands are executed on the page in `COMMANDS_RUN`, output compared
   (`...` stands for anything), and on all other pages parsed.
 
@@ -40,6 +41,7 @@ REPOSITORY = Path(__file__).parents[3]
 DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "packages" / "bridge-core" / "README.md"
 COMMANDS_RUN = "ten-minutes.md"
+ON_TWO_RANKS = {COMMANDS_RUN: "load.py", "how-to/live-ranks.md": "live.py"}
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package comes without its documentation")
 
@@ -97,9 +99,20 @@ def workplace(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+def script_of(page: Path) -> tuple[Block | None, list[Block]]:
+    """The script of a page that is started on two ranks, and the blocks that go on where it ends."""
+    blocks = blocks_of(page)
+    name = ON_TWO_RANKS.get(str(page.relative_to(DOCS))) if page.is_relative_to(DOCS) else None
+    at = next((number for number, block in enumerate(blocks) if name and block.caption == name), None)
+    if at is None:
+        return None, []
+    return blocks[at], [block for block in blocks[at + 1 :] if block.kind == "python"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES])
 def test_the_code_of_a_page_runs(page, workplace):
     scope: dict = {"__name__": "page"}
+    _, on_ranks = script_of(page)
     for block in blocks_of(page):
         if not block.runnable:
             assert page.name == COMMANDS_RUN, "only that page has something to stand in for a block that cannot run"
@@ -110,29 +123,43 @@ def test_the_code_of_a_page_runs(page, workplace):
             run_doctest(block, scope, page)
         elif block.kind == "console":
             run_commands(block, page)
-        elif page == README:
-            compile(block.code, str(page), "exec")  # names models that are not here
+        elif page == README or block in on_ranks:  # it names models that are not here, or runs on two ranks
+            compile(block.code, str(page), "exec")
         else:
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), scope)
     if tests := sorted(str(file) for file in workplace.glob("test_*.py")):
         run_pytest(tests, workplace)
 
 
+def shows_rows_of_q_proj(printed: str, page: Path) -> None:
+    """Each rank says the first element that it was given."""
+    found = dict(re.findall(r"rank (\d): linear_qkv \(256, 256\), first element (\S+)", printed))
+    q_proj = tiny_qwen3_weights()["model.layers.0.self_attn.q_proj.weight"].astype(np.float32)
+    assert {rank: float(value) for rank, value in found.items()} == {"0": q_proj[0, 0], "1": q_proj[128, 0]}
+
+
+def is_on_the_page(printed: str, page: Path) -> None:
+    """What was printed is what the page shows below its command."""
+    shown = [b.code.partition("\n")[2] for b in blocks_of(page) if b.code.startswith("$ torchrun --nproc-per-node 2 ")]
+    assert shown == [printed]
+
+
 @pytest.mark.slow
-def test_the_page_loads_its_checkpoint_into_megatron_on_two_ranks(workplace):
-    """`load.py` of the ten-minutes page, as a reader would start it."""
+@pytest.mark.parametrize(("name", "check"), [*zip(ON_TWO_RANKS, (shows_rows_of_q_proj, is_on_the_page), strict=True)])
+def test_the_script_of_a_page_runs_on_two_ranks(name, check, workplace):
+    """As a reader would start it, with the page's later blocks before its last line, which ends the ranks' group."""
     pytest.importorskip("megatron.core")
     save_tiny_qwen3(workplace / "tiny-qwen3")
     bridge_core.AutoBridge.import_ckpt("tiny-qwen3", "tiny-megatron")
-    (script,) = (block for block in blocks_of(DOCS / COMMANDS_RUN) if block.caption == "load.py")
-    write_file(workplace, script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "load.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script, rest = script_of(DOCS / name)
+    *lines, end = script.code.splitlines(keepends=True)
+    assert end == "dist.destroy_process_group()\n"
+    write_file(workplace, script._replace(code="".join([*lines, *(block.code for block in rest), end])))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script.caption]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = dict(re.findall(r"rank (\d): linear_qkv \(256, 256\), first element (\S+)", done.stdout))
-    q_proj = tiny_qwen3_weights()["model.layers.0.self_attn.q_proj.weight"].astype(np.float32)
-    assert {rank: float(value) for rank, value in found.items()} == {"0": q_proj[0, 0], "1": q_proj[128, 0]}
+    check(done.stdout, DOCS / name)
 
 
 def test_the_figure_is_what_its_script_draws():
@@ -156,6 +183,16 @@ def test_the_picture_of_the_architecture_is_what_the_imports_are_held_to():
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     contract = settings["tool"]["importlinter"]["contracts"][0]
     assert drawn == [room.strip() for layer in contract["layers"] for room in layer.split("|")]
+
+
+@pytest.mark.parametrize("room", ["checkpoint", "runtime"])
+def test_the_table_of_a_room_names_its_modules(room):
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition(f"## Inside `{room}`\n")[2].partition("\n## ")[0]
+    inside = Path(bridge_core.__file__).parent / room
+    modules = {file.stem for file in inside.rglob("*.py")} - {"__init__"}
+    packages = {file.parent.name for file in inside.rglob("__init__.py")} - {room}
+    assert set(re.findall(r"`(\w+)`", table)) == modules | packages
 
 
 def test_every_decision_fits_a_screen_and_is_listed():
