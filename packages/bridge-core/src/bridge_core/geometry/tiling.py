@@ -43,6 +43,8 @@ def tiling_error(tensor_shape: Shape, views: Sequence[tuple[Shape, View]]) -> st
     images: list[tuple[int, ...]] = []
     covered = 0
     for shape, view in views:
+        if len(shape) != len(view.strides):
+            return f"a view of shape {shape} has {len(view.strides)} strides"
         image = _image(shape, view, tensor_shape)
         if prod(mask.bit_count() for mask in image) != prod(shape):
             return f"a view of shape {shape} reaches an element twice"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import ConfigError, CoverageError, preview
+from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.runtime.words import words_device
@@ -52,6 +52,26 @@ def agreed_device(live: LiveModel, group: Any) -> torch.device:
         )
     own = next((home.tensor.device for home in live.homes.values()), None)
     return own if own is not None else torch.device(found[0], default_device().index)
+
+
+def check_whole(live: LiveModel, group: Any) -> None:
+    """Raise on all ranks unless those of a group are the ranks of the model's layout, each once. Collective.
+
+    Ranks of two copies of a model, say, would both give what one of them owns.
+
+    Raises:
+        LayoutError: on every rank.
+    """
+    size = live.plan.layout.world_size
+    said = TorchWorkers(group).share([live.rank, size])
+    if sorted(rank for rank, _ in said) != list(range(size)) or {size for _, size in said} != {size}:
+        raise LayoutError(
+            "the ranks of the group are not those of the model",
+            where="group",
+            expected=f"{size} ranks, as the model's process groups say, each once",
+            got="; ".join(f"{number}: rank {rank} of {size}" for number, (rank, size) in enumerate(said)),
+            fix="pass group=..., the ranks of this model and no others",
+        )
 
 
 def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:

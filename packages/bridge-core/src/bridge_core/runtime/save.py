@@ -24,7 +24,7 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, OutputError, check_count, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Piece, View, row_major
-from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
+from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same, check_whole
 from bridge_core.runtime.file_owners import Sent, WholeFiles
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
@@ -174,6 +174,7 @@ def save_live(
         return opened(like), like
 
     live, like = jointly(workers, check)
+    check_whole(live, group)
     live = replace(live, place=agreed_device(live, group))
     workers.together(live.renew)
     dtypes = agreed_dtypes(live, dtype, group)

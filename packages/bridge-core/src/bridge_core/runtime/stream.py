@@ -22,7 +22,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import BridgeError, ConfigError, CoverageError, check_count
 from bridge_core.geometry import Piece
 from bridge_core.plan import Shard, TensorMeta, subsets
-from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same
+from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same, check_whole
 from bridge_core.runtime.fp8 import quantise
 from bridge_core.runtime.live import LiveModel, replica_of
 from bridge_core.runtime.tensors import cast, dtype_name, flat, torch_dtype, window
@@ -66,6 +66,7 @@ class Stream:
         self._workers = TorchWorkers(self.group)
         self._told = False
         self._device: Any = None  # that of the pass
+        check_whole(self.live, self.group)
         dtypes = agreed_dtypes(self.live, self.dtype, self.group)
         jointly(self._workers, lambda: self._lay_out(dtypes))
         check_same(

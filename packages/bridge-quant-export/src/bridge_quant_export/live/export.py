@@ -21,7 +21,7 @@ from bridge_core.checkpoint.safetensors import read_header
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, OutputError, preview
-from bridge_core.runtime.agreement import agreed_dtypes
+from bridge_core.runtime.agreement import agreed_dtypes, check_whole
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.words import default_group
@@ -131,6 +131,7 @@ def export_quantized(
     held = _calibrated(live, held, groups, group, workers, uncalibrated, ranges)
     held = jointly(workers, lambda: share_fused(held, live.plan, format))
     formats, kv_layers = agreed_formats(held, workers)
+    check_whole(live, group)
     dtypes = agreed_dtypes(live, dtype, group)
 
     def plan() -> tuple[Manifest, HfLayout, PackedFiles]:
