@@ -5,6 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 
+def build_at(fields: dict[str, Any], layout: dict[str, Any], spec: str):
+    """Chunks of a layout on this rank, the groups that they were built with, and the groups of the layout.
+
+    mcore's attention refuses context parallelism without Transformer Engine. Weights do not know of it: the model is
+    built as without, its context-parallel ranks data-parallel ones, and its weights move in the groups of the layout.
+    """
+    from bridge_core.testing.mcore_jobs import build
+    from bridge_core.testing.rank_worker import groups
+
+    plain = dict(layout)
+    cp = plain.pop("cp", 1)
+    plain["dp"] = plain.get("dp", 1) * cp
+    _, built, chunks = build(fields, plain if cp > 1 else layout, spec=spec, vocab_divisible_by=16)
+    sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "dp") if name in layout}
+    return chunks, built, groups(**sizes, cp=cp) if cp > 1 else built
+
+
 def round_trip(
     path: str, layout: dict[str, Any], spec: str, out: str, tokens, *, bucket_bytes: int = 60_000, ignore=()
 ):
@@ -15,31 +32,31 @@ def round_trip(
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
     from bridge_core.runtime.live import open_live
-    from bridge_core.testing.mcore_jobs import build, forward, global_state_for_mtp
+    from bridge_core.testing.mcore_jobs import forward, global_state_for_mtp
 
     bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
     with host_backend(), global_state_for_mtp(bridge.fields, layout):
-        _, pg, chunks = build(bridge.fields, layout, spec=spec, vocab_divisible_by=16)
+        chunks, built, pg = build_at(bridge.fields, layout, spec)
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(float("nan"))
         with poisoned_parallel_state(frozenset()) as reads:
-            loaded = bridge.load_hf_weights(chunks)
-            saved = bridge.save_hf_pretrained(chunks, out)
-            stream = bridge.stream(chunks, bucket_bytes=bucket_bytes)
+            loaded = bridge.load_hf_weights(chunks, groups=pg)
+            saved = bridge.save_hf_pretrained(chunks, out, groups=pg)
+            stream = bridge.stream(chunks, groups=pg, bucket_bytes=bucket_bytes)
             tensors = {name: tensor.clone() for name, tensor in stream}
             collectives = stream.collectives
             again = [name for name, _ in stream]
-            parts = {shard.name for shard in bridge.iter_local_shards(chunks)}
-            assert parts >= {entry.key for entry in bridge.m2n_entries(chunks)}
+            parts = {shard.name for shard in bridge.iter_local_shards(chunks, groups=pg)}
+            assert parts >= {entry.key for entry in bridge.m2n_entries(chunks, groups=pg)}
         assert not reads, reads
         with torch.no_grad():
-            logits = forward([chunk.eval() for chunk in chunks], pg, tokens)
-    live = open_live(chunks, bridge.family, bridge.fields, ignore=ignore)
+            logits = forward([chunk.eval() for chunk in chunks], built, tokens)
+    live = open_live(chunks, bridge.family, bridge.fields, groups=pg, ignore=ignore)
     return {
         "loaded": loaded,
         "saved": saved,
-        "stream": tensors if pg.tp.rank() + pg.pp.rank() + pg.dp.rank() == 0 else None,
+        "stream": tensors,
         "order": list(tensors),
         "again": again,
         "metadata": stream.metadata(),

@@ -188,3 +188,47 @@ def save_again(path: str, layout: dict[str, Any], out: str) -> None:
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
         bridge.save_hf_pretrained(chunks, out)
+
+
+def save_in_place(path: str, layout: dict[str, Any], out: str):
+    """Load, and save in the default way: the report, the writes to weight files, and what the kernel counted."""
+    from runtime.live_jobs import build_at
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        chunks, _, pg = build_at(bridge.fields, layout, "host")
+        bridge.load_hf_weights(chunks, groups=pg)
+        bridge.save_hf_pretrained(chunks, f"{out}/first", groups=pg)  # whatever is imported late is
+        with _writing() as writes:
+            before = _wchar()
+            report = bridge.save_hf_pretrained(chunks, f"{out}/second", groups=pg)
+            counted = _wchar() - before
+    return report, writes, counted
+
+
+@contextmanager
+def _writing():
+    """Yields the writes into weight files within the block: file, offset, bytes."""
+    write, found = os.pwrite, []
+
+    def noted(descriptor, data, offset):
+        count = write(descriptor, data, offset)
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        if file.endswith(".safetensors"):
+            found.append((file, offset, count))
+        return count
+
+    os.pwrite = noted
+    try:
+        yield found
+    finally:
+        os.pwrite = write
+
+
+def _wchar() -> int:
+    """Bytes that this process gave to write and its like; pages of maps are not in it (man proc_pid_io)."""
+    with open("/proc/self/io", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("wchar:"))

@@ -1,0 +1,82 @@
+"""Jobs for the pool: a model on some of the ranks of the default process group, the others taking no part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MEMBERS = [1, 2]
+
+
+def _build(bridge, layout: dict[str, Any]):
+    """Groups and chunks of a model on `MEMBERS`, and a group of all these; None on other ranks. Collective over all."""
+    import torch.distributed as dist
+
+    from bridge_core.runtime.provider import Provider
+    from bridge_core.testing.mcore_jobs import on_this_device, seed_gpu, settings
+    from bridge_core.testing.rank_worker import groups
+
+    pg, everyone = groups(**layout, ranks=MEMBERS), dist.new_group(MEMBERS)
+    if dist.get_rank() not in MEMBERS:
+        return None
+    provider = Provider(bridge.fields, spec=on_this_device("host"))
+    provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": 16})
+    seed_gpu(pg)
+    return pg, everyone, provider.provide_distributed_model(pg)
+
+
+def round_trip(path: str, layout: dict[str, Any], out: str):
+    """Load, save both ways and stream on `MEMBERS`; the stream, and the bytes read and written, or None elsewhere.
+
+    Whoever takes no part has left when the others begin: a collective over more ranks than theirs would find nobody.
+    """
+    from runtime.helpers import poisoned_parallel_state
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        if (built := _build(bridge, layout)) is None:
+            return None
+        pg, everyone, chunks = built
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(float("nan"))
+        where = {"groups": pg, "group": everyone}
+        with poisoned_parallel_state(frozenset()) as reads:
+            loaded = bridge.load_hf_weights(chunks, **where)
+            shared = bridge.save_hf_pretrained(chunks, f"{out}/shared", **where)
+            owned = bridge.save_hf_pretrained(
+                chunks, f"{out}/owned", one_writer_per_file=True, bucket_bytes=40_000, **where
+            )
+            stream = {name: tensor.clone() for name, tensor in bridge.stream(chunks, bucket_bytes=60_000, **where)}
+            exported = dict(bridge.export_hf_weights(chunks, cpu=True, **where))
+            held = {shard.name for shard in bridge.iter_local_shards(chunks, groups=pg)}
+        assert not reads, reads
+    return {
+        "read": loaded.bytes_read,
+        "written": (shared.bytes_written, owned.bytes_written),
+        "stream": stream,
+        "exported": exported,
+        "held": held,
+    }
+
+
+def refused_by_megatron(path: str, layout: dict[str, Any], folder: str):
+    """What saving and loading a Megatron checkpoint says on `MEMBERS`; None elsewhere."""
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        if (built := _build(bridge, layout)) is None:
+            return None
+        pg, everyone, chunks = built
+        told = []
+        for verb in (bridge.save_megatron_model, bridge.load_megatron_model):
+            try:
+                verb(chunks, folder, groups=pg, group=everyone)
+                told.append("no error")
+            except BridgeError as error:
+                told.append(str(error))
+    return told

@@ -1,0 +1,57 @@
+"""Models on some of the ranks of the default process group: every collective runs on the groups that are passed in."""
+
+from __future__ import annotations
+
+import pytest
+from runtime.subset_jobs import MEMBERS, refused_by_megatron, round_trip
+
+torch = pytest.importorskip("torch", reason="real ranks need torch")
+pytest.importorskip("megatron.core", reason="real models need megatron-core")
+pytest.importorskip("transformers", reason="the model is transformers'")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen3", {"tp": 2}),
+        ("llama-tied", {"pp": 2}),
+        ("qwen3_moe", {"ep": 2}),
+        ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_others_take_no_part(device_ranks, folders, tmp_path, name, layout):
+    """Loaded, saved and streamed on ranks 1 and 2 of 4, to the bit; ranks 0 and 3 have left."""
+    from safetensors.torch import load_file
+
+    folder = folders(name)
+    results = device_ranks.run(round_trip, str(folder), layout, str(tmp_path), ranks=range(4), timeout_s=60)
+    assert [rank for rank, result in enumerate(results) if result is not None] == MEMBERS
+    results = [result for result in results if result is not None]
+    expected = {n: tensor for file in folder.glob("*.safetensors") for n, tensor in load_file(file).items()}
+    total = sum(tensor.nbytes for tensor in expected.values())
+    for way, out in enumerate(("shared", "owned")):
+        for file in sorted(folder.glob("*.safetensors*")):
+            assert (tmp_path / out / file.name).read_bytes() == file.read_bytes(), file.name
+        assert sum(result["written"][way] for result in results) == total
+    assert total <= sum(result["read"] for result in results)
+    assert set().union(*(result["held"] for result in results)) == expected.keys()
+    for got in (result[way] for result in results for way in ("stream", "exported")):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[n].view(torch.int32), tensor.view(torch.int32)) for n, tensor in expected.items())
+
+
+def test_megatron_checkpoints_are_refused(device_ranks, folders, tmp_path):
+    """megatron-core saves over the default group, where the others would be waited for: each member is told before."""
+    run = tmp_path / "run"
+    results = device_ranks.run(
+        refused_by_megatron, str(folders("qwen3")), {"tp": 2}, str(run), ranks=range(4), timeout_s=60
+    )
+    assert [rank for rank, result in enumerate(results) if result is not None] == MEMBERS
+    for rank in MEMBERS:
+        for text in results[rank]:
+            assert "over all ranks of the default group" in text
+            assert "expected: all 4 ranks" in text
+            assert "got:      2 ranks" in text
+            assert "use save_hf_pretrained" in text
+    assert not run.exists()
