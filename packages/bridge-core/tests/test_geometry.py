@@ -145,6 +145,7 @@ def test_tiling_error_says_what_is_wrong():
     row = View("t", 0, (1,))
     assert tiling_error((4,), [((3,), row)]) == "3 of 4 elements are covered"
     assert "covered more than once" in str(tiling_error((4,), [((3,), row), ((2,), View("t", 2, (1,)))]))
+    assert tiling_error((2, 2), [((2, 2), View("t", 0, (1,)))]) == "a view of shape (2, 2) has 1 strides"
     assert "leaves the tensor" in str(tiling_error((4,), [((4,), View("t", 1, (1,)))]))
     assert "reaches an element twice" in str(tiling_error((4,), [((2, 3), View("t", 0, (1, 1)))]))
 

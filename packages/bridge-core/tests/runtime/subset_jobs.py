@@ -7,16 +7,16 @@ from typing import Any
 MEMBERS = [1, 2]
 
 
-def _build(bridge, layout: dict[str, Any]):
-    """Groups and chunks of a model on `MEMBERS`, and a group of all these; None on other ranks. Collective over all."""
+def _build(bridge, layout: dict[str, Any], members: list[int] = MEMBERS):
+    """Groups and chunks of a model on `members`, and a group of all these; None on other ranks. Collective over all."""
     import torch.distributed as dist
 
     from bridge_core.runtime.provider import Provider
     from bridge_core.testing.mcore_jobs import on_this_device, seed_gpu, settings
     from bridge_core.testing.rank_worker import groups
 
-    pg, everyone = groups(**layout, ranks=MEMBERS), dist.new_group(MEMBERS)
-    if dist.get_rank() not in MEMBERS:
+    pg, everyone = groups(**layout, ranks=members), dist.new_group(members)
+    if dist.get_rank() not in members:
         return None
     provider = Provider(bridge.fields, spec=on_this_device("host"))
     provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": 16})
@@ -76,6 +76,28 @@ def refused_by_megatron(path: str, layout: dict[str, Any], folder: str):
         for verb in (bridge.save_megatron_model, bridge.load_megatron_model):
             try:
                 verb(chunks, folder, groups=pg, group=everyone)
+                told.append("no error")
+            except BridgeError as error:
+                told.append(str(error))
+    return told
+
+
+def two_copies(path: str, layout: dict[str, Any], out: str) -> list[str]:
+    """What streams and saves of two copies of a model, each on two of four ranks, say over the group of all four."""
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    bridge, told = AutoBridge.from_hf_pretrained(path), []
+    with host_backend():
+        copies = [_build(bridge, layout, members) for members in ([0, 1], [2, 3])]
+        (pg, _, chunks) = next(built for built in copies if built is not None)
+        for verb in (
+            lambda: bridge.stream(chunks, groups=pg),
+            lambda: bridge.save_hf_pretrained(chunks, out, groups=pg),
+            lambda: bridge.save_hf_pretrained(chunks, out, groups=pg, one_writer_per_file=True),
+        ):
+            try:
+                verb()
                 told.append("no error")
             except BridgeError as error:
                 told.append(str(error))

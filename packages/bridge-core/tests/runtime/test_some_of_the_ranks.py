@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime.subset_jobs import MEMBERS, refused_by_megatron, round_trip
+from runtime.subset_jobs import MEMBERS, refused_by_megatron, round_trip, two_copies
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -55,3 +55,15 @@ def test_megatron_checkpoints_are_refused(device_ranks, folders, tmp_path):
             assert "got:      2 ranks" in text
             assert "use save_hf_pretrained" in text
     assert not run.exists()
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"dp": 2}])
+def test_a_group_of_two_copies_of_a_model_is_refused(device_ranks, folders, tmp_path, layout):
+    """A sum over both would be twice every weight."""
+    out = tmp_path / "out"
+    for told in device_ranks.run(two_copies, str(folders("qwen3")), layout, str(out), ranks=range(4), timeout_s=60):
+        assert len(told) == 3
+        for text in told:
+            assert "the ranks of the group are not those of the model" in text
+            assert "0: rank 0 of 2; 1: rank 1 of 2; 2: rank 0 of 2; 3: rank 1 of 2" in text
+    assert not out.exists()
