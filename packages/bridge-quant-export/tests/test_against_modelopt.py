@@ -6,6 +6,7 @@ Where bytes differ, the test states by how much and shows that ModelOpt's are th
 import copy
 
 import pytest
+import quantising
 import torch
 from quant_cases import same_bytes, weights
 from torch import nn
@@ -20,22 +21,7 @@ quant_utils = pytest.importorskip("modelopt.torch.export.quant_utils")
 qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
 
 ROWS, COLS = 256, 512
-CONFIGS = {
-    "fp8": "FP8_DEFAULT_CFG",
-    "fp8_channel": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
-    "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
-    "nvfp4": "NVFP4_DEFAULT_CFG",
-    "w4a16_nvfp4": "W4A16_NVFP4_CFG",
-    "mxfp4": "MXFP4_DEFAULT_CFG",
-    "w4a8_mxfp4_fp8": "W4A8_MXFP4_FP8_CFG",
-    "mxfp8": "MXFP8_DEFAULT_CFG",
-    "int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
-    "int4_awq": "INT4_AWQ_CFG",
-    "w4a8_awq": "W4A8_AWQ_BETA_CFG",
-    "int8": "INT8_DEFAULT_CFG",
-    "int8_smoothquant": "INT8_SMOOTHQUANT_CFG",
-    "int8_weight_only": "INT8_WEIGHT_ONLY_CFG",
-}
+CONFIGS = quantising.CONFIGS | {"int8_smoothquant": "INT8_SMOOTHQUANT_CFG"}
 EXACT = [name for name in CONFIGS if "mxfp4" not in name]
 
 

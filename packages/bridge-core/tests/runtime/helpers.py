@@ -352,3 +352,17 @@ def run_poisoned(case: Case, allowed: frozenset[str]) -> list[str]:
     with poisoned_parallel_state(allowed) as reads, host_backend():
         run_gpt(case)
     return sorted(reads)
+
+
+def errors_of(*calls) -> list[str]:
+    """What each call says that is refused; "no error" of one that is not."""
+    from bridge_core import BridgeError
+
+    told = []
+    for call in calls:
+        try:
+            call()
+            told.append("no error")
+        except BridgeError as error:
+            told.append(str(error))
+    return told

@@ -7,6 +7,8 @@ import threading
 from contextlib import contextmanager
 from typing import Any
 
+from runtime.helpers import errors_of
+
 
 def _load(path: str, layout: dict[str, Any], **changes: Any):
     """A bridge, the groups and the loaded chunks; call inside `host_backend`."""
@@ -163,46 +165,31 @@ def count(path: str, layout: dict[str, Any], verb: str, out: str, options: dict[
 
 def contradict(path: str, layout: dict[str, Any], out: str) -> list[str]:
     """Options that exclude or want one another; each error's text."""
-    from bridge_core import BridgeError
     from bridge_core.runtime.host import host_backend
 
-    told = []
     with host_backend():
         bridge, _, chunks = _load(path, layout)
-        for call in (
+        return errors_of(
             lambda: bridge.save_hf_pretrained(chunks, out, fp8=True, one_writer_per_file=True),
             lambda: bridge.load_hf_weights(chunks, one_reader_per_node=True),
-        ):
-            try:
-                call()
-                told.append("no error")
-            except BridgeError as error:
-                told.append(str(error))
-    return told
+        )
 
 
 def in_other_groups(path: str, layout: dict[str, Any], swapped: tuple[str, str], out: str) -> list[str]:
     """Load, stream and save with two kinds of groups exchanged; each error's text."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from bridge_core import BridgeError
     from bridge_core.runtime.host import host_backend
 
-    told, (first, second) = [], swapped
+    first, second = swapped
     with host_backend():
         bridge, pg, chunks = _load(path, layout)
         others = ProcessGroupCollection(**vars(pg) | {first: getattr(pg, second), second: getattr(pg, first)})
-        for call in (
+        return errors_of(
             lambda: bridge.load_hf_weights(chunks, groups=others),
             lambda: bridge.stream(chunks, groups=others),
             lambda: bridge.save_hf_pretrained(chunks, out, groups=others),
-        ):
-            try:
-                call()
-                told.append("no error")
-            except BridgeError as error:
-                told.append(str(error))
-    return told
+        )
 
 
 def pipeline_before_tensor_parallel(path: str, out: str):

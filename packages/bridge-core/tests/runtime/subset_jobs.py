@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from runtime.helpers import errors_of
 
 MEMBERS = [1, 2]
 
@@ -64,7 +67,7 @@ def round_trip(path: str, layout: dict[str, Any], out: str):
 
 def refused_by_megatron(path: str, layout: dict[str, Any], folder: str):
     """What saving and loading a Megatron checkpoint says on `MEMBERS`; None elsewhere."""
-    from bridge_core import AutoBridge, BridgeError
+    from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
 
     bridge = AutoBridge.from_hf_pretrained(path)
@@ -72,33 +75,21 @@ def refused_by_megatron(path: str, layout: dict[str, Any], folder: str):
         if (built := _build(bridge, layout)) is None:
             return None
         pg, everyone, chunks = built
-        told = []
-        for verb in (bridge.save_megatron_model, bridge.load_megatron_model):
-            try:
-                verb(chunks, folder, groups=pg, group=everyone)
-                told.append("no error")
-            except BridgeError as error:
-                told.append(str(error))
-    return told
+        verbs = (bridge.save_megatron_model, bridge.load_megatron_model)
+        return errors_of(*(partial(verb, chunks, folder, groups=pg, group=everyone) for verb in verbs))
 
 
 def two_copies(path: str, layout: dict[str, Any], out: str) -> list[str]:
     """What streams and saves of two copies of a model, each on two of four ranks, say over the group of all four."""
-    from bridge_core import AutoBridge, BridgeError
+    from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
 
-    bridge, told = AutoBridge.from_hf_pretrained(path), []
+    bridge = AutoBridge.from_hf_pretrained(path)
     with host_backend():
         copies = [_build(bridge, layout, members) for members in ([0, 1], [2, 3])]
         (pg, _, chunks) = next(built for built in copies if built is not None)
-        for verb in (
+        return errors_of(
             lambda: bridge.stream(chunks, groups=pg),
             lambda: bridge.save_hf_pretrained(chunks, out, groups=pg),
             lambda: bridge.save_hf_pretrained(chunks, out, groups=pg, one_writer_per_file=True),
-        ):
-            try:
-                verb()
-                told.append("no error")
-            except BridgeError as error:
-                told.append(str(error))
-    return told
+        )
