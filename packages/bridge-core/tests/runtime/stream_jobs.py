@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from runtime.helpers import errors_of
+
 _COLLECTIVES = ("all_", "reduce", "broadcast", "gather", "scatter", "barrier", "monitored_barrier")
 
 
@@ -17,12 +19,12 @@ class Called(NamedTuple):
     tensor: Any
 
 
-def _load(path: str, layout: dict[str, Any]):
+def _load(path: str, layout: dict[str, Any], ignore: Collection[str] = (), **fields: Any):
     from bridge_core import AutoBridge
     from bridge_core.testing.mcore_jobs import build
 
-    bridge = AutoBridge.from_hf_pretrained(path)
-    _, _, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
+    bridge = AutoBridge.from_hf_pretrained(path, ignore=tuple(ignore))
+    _, _, chunks = build(bridge.fields | fields, layout, spec="host", vocab_divisible_by=16)
     bridge.load_hf_weights(chunks)
     return bridge, chunks
 
@@ -90,16 +92,32 @@ def export(path: str, layout: dict[str, Any], names: Collection[str], bucket_byt
 
 def refused(path: str, layout: dict[str, Any], options: dict[str, Any]) -> str:
     """A stream that cannot be; what this rank is told."""
-    from bridge_core import BridgeError
     from bridge_core.runtime.host import host_backend
 
     with host_backend():
         bridge, chunks = _load(path, layout)
-        try:
-            bridge.stream(chunks, **options)
-        except BridgeError as error:
-            return str(error)
-    return "no error"
+        (told,) = errors_of(lambda: bridge.stream(chunks, **options))
+    return told
+
+
+def arrivals(path: str, layout: dict[str, Any], bucket_bytes: int, *, fp8: bool = False, ignore: Collection[str] = ()):
+    """The bytes of each tensor of a stream, as they arrive, and how many buckets had arrived until then.
+
+    With `fp8` the model is in bfloat16.
+    """
+    import torch
+
+    from bridge_core.runtime.host import host_backend
+
+    with host_backend():
+        fields = {"params_dtype": torch.bfloat16} if fp8 else {}
+        bridge, chunks = _load(path, layout, ignore, **fields)
+        stream, found = bridge.stream(chunks, fp8=fp8, bucket_bytes=bucket_bytes), []
+        with _spying() as calls:
+            for name, tensor in stream:
+                buckets = sum(call.tensor is not None and call.tensor.dtype == torch.int32 for call in calls)
+                found.append((name, tensor.contiguous().view(torch.uint8).clone(), buckets))
+    return stream.metadata(), found
 
 
 @contextmanager

@@ -7,14 +7,17 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import pytest
-from runtime.stream_jobs import export, fail, leave, refused, train_and_stream_again
+from runtime.stream_jobs import arrivals, export, fail, leave, refused, train_and_stream_again
 
 from bridge_core import ParallelLayout
+from bridge_core.testing.hf_layouts import save_published
 from bridge_core.testing.hf_models import make_model, save_model
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
+
+from fp8_folders import as_read, load, quantise, write_fp8  # noqa: E402 - after the skips
 
 EXPERTS = {"tp": 2, "ep": 2, "etp": 1}
 # Patterns, and the tensors that travel with those that they name: one Megatron tensor is made of them.
@@ -126,6 +129,61 @@ def check_sizes(sizes, metas, bucket_of, bucket_bytes) -> None:
         inside = [meta for meta in metas if bucket_of[meta.name] == number]
         assert sum(meta.nbytes for meta in inside) <= size <= sum(meta.nbytes + 16 for meta in inside)
         assert size <= bucket_bytes or len({meta.group for meta in inside}) == 1
+
+
+@pytest.mark.parametrize("bucket", [1, 50_000])
+@pytest.mark.parametrize("layout", [{"ep": 2}, {"tp": 2, "ep": 2, "etp": 1}], ids=str)
+def test_a_stack_of_experts_arrives_whole_from_all_ranks(device_ranks, tmp_path, layout, bucket):
+    """An HF tensor is made of the experts of two ranks, four each, and is larger than a bucket."""
+    from safetensors.torch import load_file
+
+    folder = save_published(make_model("qwen3_vl_moe"), tmp_path / "hf")
+    source = load_file(folder / "model.safetensors")
+    expected = {name: tensor for name, tensor in source.items() if not name.startswith("model.visual.")}
+    stacks = {name for name in expected if ".experts." in name}
+    assert stacks
+    for name in stacks:
+        assert expected[name].shape[0] == 8
+        assert expected[name].nbytes > bucket
+    told = device_ranks.run(arrivals, str(folder), layout, bucket, ignore=["model.visual.*"], ranks=[0, 1])
+    for metas, found in told:
+        check_arrivals(metas, found, expected)
+
+
+@pytest.mark.parametrize("bucket", [1, 20_000])
+@pytest.mark.parametrize(("name", "layout"), [("qwen3", {"tp": 2}), ("qwen3_moe", EXPERTS)])
+def test_codes_and_their_scales_arrive_together(device_ranks, tmp_path, name, layout, bucket):
+    """A bucket of one byte takes a group and no more: codes and scales would be apart if they were two."""
+    folder = write_fp8(tmp_path / "fp8", name)
+    stored, expected = load(folder), {}
+    for key, tensor in as_read(stored).items():
+        expected[key] = tensor
+        if key + "_scale_inv" in stored:
+            expected[key], expected[key + "_scale_inv"] = quantise(tensor)
+    for metas, found in device_ranks.run(arrivals, str(folder), layout, bucket, fp8=True, ranks=[0, 1]):
+        check_arrivals(metas, found, expected)
+        groups = {meta.name: meta.group for meta in metas}
+        buckets = {key: number for key, _, number in found}
+        order = [key for key, *_ in found]
+        scales = [key for key in order if key.endswith("_scale_inv")]
+        assert scales
+        for key in scales:
+            weight = key.removesuffix("_scale_inv")
+            assert groups[key] == groups[weight]
+            assert buckets[key] == buckets[weight]
+            assert order.index(key) == order.index(weight) + 1
+
+
+def check_arrivals(metas, found, expected) -> None:
+    """The bytes expected, under the names and in the order that were told; all of a group from one bucket."""
+    assert [meta.name for meta in metas] == [name for name, *_ in found]
+    assert {meta.name for meta in metas} == expected.keys()
+    buckets = {}
+    for meta, (name, data, bucket) in zip(metas, found, strict=True):
+        assert torch.equal(data.view(-1), expected[name].contiguous().view(torch.uint8).view(-1)), name
+        buckets.setdefault(meta.group, set()).add(bucket)
+    assert all(len(numbers) == 1 for numbers in buckets.values())
+    assert len(set().union(*buckets.values())) > 1, "one bucket holds everything: nothing could be split"
 
 
 def test_collectives_are_bounded_by_buckets_also_of_many_tensors(device_ranks, sources):
