@@ -5,10 +5,12 @@ Job functions are top-level, take a `Case`, and return plain tensors and dicts.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 96
@@ -366,3 +368,16 @@ def errors_of(*calls) -> list[str]:
         except BridgeError as error:
             told.append(str(error))
     return told
+
+
+def stored(folder: Path) -> dict[str, tuple[str, int, int, tuple[int, ...]]]:
+    """Of every tensor of a folder: its file, its first byte there, its bytes, and its shape, as the headers say."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for name, tensor in json.loads(data[8 : 8 + size]).items():
+            if name != "__metadata__":
+                first, end = tensor["data_offsets"]
+                found[name] = file.name, 8 + size + first, end - first, tuple(tensor["shape"])
+    return found

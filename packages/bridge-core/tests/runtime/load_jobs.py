@@ -104,3 +104,91 @@ def _rchar() -> int:
     """Bytes that this process asked for and got by read and its like; pages of maps are not in it (man proc_pid_io)."""
     with open("/proc/self/io", encoding="ascii") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("rchar:"))
+
+
+def lose_a_file(paths: list[str], layout: dict[str, Any], lost: str | None):
+    """Load, each rank from a folder of its own; rank 1 loses a file once all have read the headers, if it is named.
+
+    What this rank is told, whether anything was copied, and whether it loads from the first folder afterwards.
+    """
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime import load
+    from bridge_core.runtime.host import host_backend
+
+    original = load.check_copies
+
+    def check_and_lose(*args, **kwargs):
+        original(*args, **kwargs)
+        if lost and dist.get_rank() == 1:
+            Path(paths[1], lost).unlink()
+
+    bridge = AutoBridge.from_hf_pretrained(paths[0])
+    with host_backend():
+        _, chunks = _build(bridge, layout)
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        load.check_copies = check_and_lose
+        try:
+            bridge.load_hf_weights(chunks, paths[dist.get_rank()])
+            told = "no error"
+        except (BridgeError, OSError) as error:
+            told = f"{type(error).__name__}: {error}"
+        finally:
+            load.check_copies = original
+        copied = not all(parameter.isnan().all() for parameter in parameters)
+        bridge.load_hf_weights(chunks)
+    return told, copied, not any(parameter.isnan().any() for parameter in parameters)
+
+
+def read_in_threads(path: str, layout: dict[str, Any], threads: int):
+    """Load with some threads: the report, all parameters, and what each thread asked of which file: first byte, bytes.
+
+    No thread reads before all of them are there.
+    """
+    import os
+    from pathlib import Path
+    from threading import Barrier, get_ident
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+
+    read, asked, together = os.preadv, {}, Barrier(threads, timeout=30)
+
+    def noted(descriptor, buffers, offset):
+        if get_ident() not in asked:
+            asked[get_ident()] = []
+            together.wait()
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        asked[get_ident()].append((file, offset, sum(map(len, buffers))))
+        return read(descriptor, buffers, offset)
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, chunks = _build(bridge, layout)
+        os.preadv = noted
+        try:
+            report = bridge.load_hf_weights(chunks, threads=threads)
+        finally:
+            os.preadv = read
+    filled = {(n, name): p.detach() for n, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    return report, filled, list(asked.values())
+
+
+def padded_rows(path: str, layout: dict[str, Any], one_reader: bool):
+    """Load over ones: this rank's part of the embedding and of the output layer."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+
+    options = {"one_reader_per_node": True, "node_group": dist.group.WORLD} if one_reader else {}
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        _, (chunk,) = _build(bridge, layout)
+        for parameter in chunk.parameters():
+            parameter.data.fill_(1)
+        bridge.load_hf_weights(chunk, **options)
+    return chunk.embedding.word_embeddings.weight.detach(), chunk.output_layer.weight.detach()

@@ -201,7 +201,7 @@ def pipeline_before_tensor_parallel(path: str, out: str):
 
     from bridge_core import AutoBridge, BridgeError
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import settings
+    from bridge_core.testing.mcore_jobs import on_this_device, seed_gpu, settings
     from bridge_core.testing.rank_worker import groups
 
     layout = {"tp": 2, "pp": 2}
@@ -212,9 +212,10 @@ def pipeline_before_tensor_parallel(path: str, out: str):
     )
     pg.pp = pg.embd = stages
     bridge = AutoBridge.from_hf_pretrained(path)
-    provider = bridge.to_megatron_provider(spec="host").apply_overrides(settings(layout))
-    provider.make_vocab_size_divisible_by = 16
+    provider = bridge.to_megatron_provider(spec=on_this_device("host"))
+    provider.apply_overrides(settings(layout) | {"make_vocab_size_divisible_by": 16})
     with host_backend():
+        seed_gpu(usual)
         chunks = provider.provide_distributed_model(pg)
         bridge.load_hf_weights(chunks)
         try:

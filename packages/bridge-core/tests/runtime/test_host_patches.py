@@ -30,7 +30,7 @@ def test_every_patch_is_taken_back_also_after_an_error():
     inside = {}
 
     def fail():
-        with host_backend() as active:
+        with host_backend(force=True) as active:
             assert active
             with host_backend():
                 pass
@@ -83,7 +83,7 @@ def test_the_window_mask_is_mcores(queries, window):
 def test_seeded_streams_of_random_numbers_are_separate_and_go_on():
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    with host_backend():
+    with host_backend(force=True):
         tracker = CudaRNGStatesTracker()
         tracker.add("one", 1)
         torch.manual_seed(0)

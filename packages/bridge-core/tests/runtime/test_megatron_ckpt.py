@@ -50,3 +50,31 @@ def test_the_run_config_is_enough_to_export(device_ranks, folders, tmp_path):
     device_ranks.run(save, str(folder), {"tp": 2}, str(run), overwrite=True, ranks=[0, 1])
     for text in device_ranks.run(load_refused, str(folder), {"num_layers": 5}, {"tp": 2}, str(run), ranks=[0, 1]):
         assert "layers" in text, text
+
+
+def test_linears_that_all_ranks_hold_whole_are_told_which_rank_they_are_on():
+    """Transformer Engine's have no group; what they say of themselves is read while the state is made."""
+    from types import SimpleNamespace
+
+    from bridge_core.runtime.megatron_state import sharded_chunk
+
+    class Duplicated(torch.nn.Module):
+        parallel_mode = _tp_group = None
+
+    class Cut(torch.nn.Module):
+        parallel_mode, _tp_group = "column", None
+
+    class Chunk(torch.nn.Module):
+        share_embeddings_and_output_weights = False
+        config = SimpleNamespace(mtp_num_layers=None)
+
+        def __init__(self):
+            super().__init__()
+            self.down, self.up, self.norm = Duplicated(), Cut(), torch.nn.Identity()
+
+        def sharded_state_dict(self, prefix, metadata):
+            return {"down": self.down._tp_group, "up": self.up._tp_group}
+
+    chunk = Chunk()
+    assert sharded_chunk(chunk, SimpleNamespace(tp="tp", dp_cp="dp", pp=None)) == {"down": "tp", "up": None}
+    assert chunk.down._tp_group is None

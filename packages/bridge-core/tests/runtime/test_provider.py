@@ -135,3 +135,20 @@ def test_a_model_on_the_groups_of_mcores_global_state(device_ranks, tmp_path, na
         assert result["sizes"] == {axis: getattr(sizes, axis) for axis in ("tp", "pp", "dp", "ep")}
     for file in sorted(folder.glob("*.safetensors*")):
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_gpu_without_random_states_is_told_what_to_call(monkeypatch):
+    """On a machine that says it has a GPU; megatron-core would fail in the middle of a layer."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from bridge_core.runtime.provider import _check_seeded
+
+    unseeded = SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: unseeded)
+    filling: Any = {"perform_initialization": True, "use_cpu_initialization": False}
+    with pytest.raises(ConfigError, match="model_parallel_cuda_manual_seed"):
+        _check_seeded(SimpleNamespace(**filling))
+    for otherwise in ({"perform_initialization": False}, {"use_cpu_initialization": True}):
+        _check_seeded(SimpleNamespace(**filling | otherwise))

@@ -311,3 +311,14 @@ def test_group_ranks_are_those_of_mcores_rank_generator(tp, cp, dp, pp, ep, etp)
         ("tp_ep_pp", expert, "tp-ep-pp"),
     ]:
         assert sorted(map(list, ours[name])) == sorted(generator.get_ranks(token)), name
+
+
+def test_idle_ranks_leave_a_world_that_others_leave():
+    """Before the next job begins: NCCL lets no rank go while others stay."""
+    with RankPool(3) as pool:
+        assert pool.run(total, 0) == [3] * 3
+        assert pool.run(total, 0, ranks=[0, 1]) == [1, 1]
+        assert set(pool._world_of) == {0, 1}
+        assert pool.run(total, 0, ranks=[2, 0]) == [1, 1]
+        assert set(pool._world_of) == {0, 2}
+        assert pool.run(total, 0) == [3] * 3

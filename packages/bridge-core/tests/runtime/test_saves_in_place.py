@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from runtime.helpers import stored
 from runtime.save_jobs import save_in_place
 
 from bridge_core import ParallelLayout
@@ -19,19 +19,6 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only
 
 REPLICAS = [{"dp": 2}, {"cp": 2}, {"tp": 2, "dp": 2}]
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")
-
-
-def stored(folder) -> dict[str, tuple[str, int, int, tuple[int, ...]]]:
-    """Of every tensor of a folder: its file, its first byte there, its bytes, and its shape, as the headers say."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        data = file.read_bytes()
-        size = int.from_bytes(data[:8], "little")
-        for name, tensor in json.loads(data[8 : 8 + size]).items():
-            if name != "__metadata__":
-                first, end = tensor["data_offsets"]
-                found[name] = file.name, 8 + size + first, end - first, tuple(tensor["shape"])
-    return found
 
 
 def save(pool, folder, layout, out):

@@ -128,7 +128,8 @@ def _scales(largest: Tensor, codec: Fp8Blocks, where: str) -> Tensor:
     """From the largest absolute value of each block; 1 for a block of zeros."""
     if not largest.isfinite().all():
         raise not_finite(where)
-    scales = largest / codec.largest
+    # By a tensor: a GPU multiplies by the rounded inverse of a number, which is not what a CPU computes.
+    scales = largest / largest.new_full((), codec.largest)
     return scales.masked_fill_(scales == 0, 1)
 
 

@@ -37,8 +37,27 @@ def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> d
 
 def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "") -> dict[str, Any]:
     """mcore's sharded state of one chunk, names and keys below `prefix`. Reads no global `parallel_state`."""
-    with _tied_by(chunk, groups):
+    with _tied_by(chunk, groups), _duplicated_in(chunk, groups):
         return chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": groups.dp_cp})
+
+
+@contextmanager
+def _duplicated_in(chunk: Any, groups: ProcessGroupCollection) -> Iterator[None]:
+    """Tell linears that every tensor-parallel rank holds whole which of these they are on.
+
+    Transformer Engine's have no group of their own, and ask the global state for one: without it each rank would claim
+    to be the one that saves (megatron-core 0.19.2, extensions/transformer_engine.py, `TELinear`, "duplicated").
+    """
+    alone = [
+        m for m in chunk.modules() if getattr(m, "_tp_group", m) is None and getattr(m, "parallel_mode", m) is None
+    ]
+    for module in alone:
+        module._tp_group = groups.tp
+    try:
+        yield
+    finally:
+        for module in alone:
+            module._tp_group = None
 
 
 def without_adapters(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -88,6 +88,9 @@ def _broadcast(data: Tensor, group: Any) -> None:
     """
     import torch.distributed as dist
 
+    if data.is_cuda:  # NCCL tells nobody of a lost rank either way, and its broadcast sends every byte once
+        dist.broadcast(data, group=group, group_src=0)
+        return
     ranks = dist.get_process_group_ranks(group)
     if group.rank() == 0:
         sends = [dist.P2POp(dist.isend, data, rank, group) for rank in ranks[1:]]

@@ -13,13 +13,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from bridge_core.runtime.workers import LostWorkerError
+from bridge_core.runtime.workers import LostWorkerError, is_loss
 
 T = TypeVar("T")
-
-# What gloo says when a peer has closed its connections, or gave no answer (torch 2.13, third_party/gloo,
-# gloo/transport/tcp/pair.cc and unbound_buffer.cc).
-_LOST = ("gloo/transport", "Connection closed by peer")
 
 
 class OwnWorld:
@@ -53,7 +49,7 @@ class OwnWorld:
             return step()
         except BaseException as error:
             dist.group.WORLD = before
-            lost = _is_loss(error)
+            lost = is_loss(error)
             text = str(error)
             self._give_up(error)
             if lost:
@@ -89,8 +85,3 @@ def _chain(error: BaseException | None) -> list[BaseException]:
             found.append(one)
             waiting += [one.__cause__, one.__context__]
     return found
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether an error says that a peer is gone, and nothing that this rank did wrong."""
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)

@@ -185,10 +185,11 @@ class Provider:
 
         Raises:
             ConfigError: the groups are not of the layout's sizes (tp, pp, cp, ep, etp; `dp` may be any), or one is
-                not there.
+                not there; on a GPU, mcore's random states are not there to fill weights from.
         """
         config = self.finalize()
         _check_groups(self.layout, pg_collection)
+        _check_seeded(config)
         return [self._chunk(config, pg_collection, stage) for stage in range(self.layout.vpp)]
 
     def provide_distributed_model(
@@ -292,6 +293,24 @@ _AXES = {
     "ep": ("ep", "expert_model_parallel_size"),
     "etp": ("expt_tp", "expert_tensor_parallel_size"),
 }
+
+
+def _check_seeded(config: TransformerConfig) -> None:
+    """mcore fills weights on a GPU from random states that somebody has to make (0.19.2, tensor_parallel/layers.py)."""
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    fills = config.perform_initialization and not config.use_cpu_initialization
+    tracker: Any = get_cuda_rng_tracker()
+    if torch.cuda.is_available() and fills and not tracker.is_initialized():
+        call = "model_parallel_cuda_manual_seed(seed, tp_rank=..., ep_rank=..., etp_rank=...)"
+        raise ConfigError(
+            "megatron-core has no random states to fill weights from",
+            where="provide_distributed_model",
+            expected="random states made on every rank before the model is built",
+            got="none",
+            fix=f"call megatron.core.tensor_parallel.random.{call}, or set perform_initialization=False",
+        )
 
 
 def _check_groups(layout: ParallelLayout, groups: ProcessGroupCollection) -> None:

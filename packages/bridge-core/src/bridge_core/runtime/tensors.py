@@ -102,8 +102,10 @@ def host_memory(device: Any) -> Callable[[int], np.ndarray]:
     """What makes memory that a device copies from: pinned for a GPU, so that its copy engine reads it directly."""
     import torch
 
+    pinned = torch.device(device).type == "cuda"
+
     def allocate(nbytes: int) -> np.ndarray:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda").numpy()
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned).numpy()
 
     return allocate
 

@@ -152,11 +152,23 @@ class TorchWorkers:
 
 @contextmanager
 def noticing_loss() -> Iterator[None]:
-    """Turns what torch says when the connection to a rank broke, or nothing came in time, into `LostWorkerError`."""
+    """Turns what gloo says when the connection to a rank broke, or nothing came in time, into `LostWorkerError`."""
     try:
         yield
     except RuntimeError as error:
+        if not is_loss(error):
+            raise
         raise LostWorkerError(str(error)) from error
+
+
+# What gloo says when a peer has closed its connections, or gave no answer (torch 2.13, third_party/gloo,
+# gloo/transport/tcp/pair.cc and unbound_buffer.cc).
+_GLOOS = ("gloo/transport", "Connection closed by peer")
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that a peer is gone, and nothing that this rank did wrong."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _GLOOS)
 
 
 def _facts_of(error: Exception) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ def build(
 
 
 def on_this_device(spec: Spec | None) -> Spec | None:
-    """A spec, but for the host backend's on a GPU: there it is the one that production would take."""
-    return None if spec == "host" else spec
+    """A spec, but for the host backend's with Transformer Engine: there it is the one that production would take.
+
+    Without it the host backend's modules stay, on a GPU too: they have the names and dtypes of Transformer Engine's.
+    """
+    return None if spec == "host" and find_spec("transformer_engine") else spec
 
 
 def seed_gpu(pg: Any) -> None:
@@ -189,8 +193,32 @@ def load_and_run(
     return params, logits, pg.tp.rank()
 
 
+@contextmanager
+def global_memory_buffer() -> Iterator[None]:
+    """The scratch memory that mcore's forward takes from its global state, on a GPU, if nobody has made it.
+
+    0.19.2, transformer/dot_product_attention.py, transformer/moe/token_dispatcher.py, tensor_parallel/layers.py.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    if not torch.cuda.is_available() or parallel_state._GLOBAL_MEMORY_BUFFER is not None:
+        yield
+        return
+    parallel_state._set_global_memory_buffer()
+    try:
+        yield
+    finally:
+        parallel_state.destroy_global_memory_buffer()
+
+
 def forward(chunks: list[Any], pg: Any, tokens: Tensor) -> Tensor | None:
     """Logits [1, S, V / tp] on the last stage, through all stages and chunks, wrapped or not, by plain sends."""
+    with global_memory_buffer():
+        return _forward(chunks, pg, tokens)
+
+
+def _forward(chunks: list[Any], pg: Any, tokens: Tensor) -> Tensor | None:
     import torch
     import torch.distributed as dist
 

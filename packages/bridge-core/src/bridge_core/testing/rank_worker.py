@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,9 @@ class Reply:
         return self.died or bool(self.traceback_text)
 
 
+LEAVE = "leave"
+"""An order without an answer: leave the world."""
+
 _groups: dict[tuple[tuple[str, Any], ...], ProcessGroupCollection] = {}
 
 
@@ -115,7 +118,15 @@ def groups(**layout: Any) -> ProcessGroupCollection:
     return _groups[key]
 
 
-def serve(pipe: Connection, rank: int, port: int, backend: str, stacks_file: str, environment: dict[str, str]) -> None:
+def serve(
+    pipe: Connection,
+    rank: int,
+    port: int,
+    backend: str,
+    stacks_file: str,
+    environment: dict[str, str],
+    preload: Sequence[str],
+) -> None:
     """The life of a rank process: take jobs until told to end, or until the caller is gone."""
     os.environ.update(environment)  # a fork server that somebody else started does not have them
     with open(stacks_file, "w", encoding="utf-8") as stacks:
@@ -125,15 +136,21 @@ def serve(pipe: Connection, rank: int, port: int, backend: str, stacks_file: str
         torch.set_num_threads(1)
         if backend == "nccl":
             torch.cuda.set_device(rank)
+        for name in preload:  # a fork server's children have them
+            importlib.import_module(name)
         world = None
         pipe.send("ready")
         while True:
             try:
-                job: Job | None = pipe.recv()
+                job: Job | str | None = pipe.recv()
             except EOFError:
                 break
             if job is None:
                 break
+            if isinstance(job, str):
+                _leave_world()
+                world = None
+                continue
             reply = _run(job, world, port, backend)
             world = None if reply.failed else job.world
             _answer(pipe, reply)
@@ -157,7 +174,8 @@ def _run(job: Job, world: int | None, port: int, backend: str) -> Reply:
         # that wait for this rank get an error instead of hanging.
         error.__traceback__ = None
         error.__context__ = error.__cause__ = None
-    _leave_world()
+    if backend != "nccl":  # there it would wait for the peers; the caller ends the pool
+        _leave_world()
     return reply
 
 

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from bridge_core.errors import BridgeError
-from bridge_core.testing.rank_worker import Call, Job, Reply, portable, serve
+from bridge_core.testing.rank_worker import LEAVE, Call, Job, Reply, portable, serve
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -146,6 +146,7 @@ class RankPool:
         call = pickle.dumps(Call(portable(fn), args, kwargs))  # before anything is sent: an error here hurts nobody
         self._start()
         world = self._world(job)
+        self._leave_old_worlds()
         for index, rank in enumerate(job):
             self._pipes[rank].send(Job(call, index, len(job), world, limit_s))
         replies, missing = self._collect(job, limit_s)
@@ -154,7 +155,7 @@ class RankPool:
         failure = self._failure(job, replies, missing, limit_s)
         for rank in job:
             self._world_of.pop(rank, None)  # pending collectives must not meet the next job's
-        if missing:
+        if missing or self.backend == "nccl":  # NCCL's groups cannot be left while a peer waits in one
             self.close(kill=True)
         raise failure from next((reply.error for reply in _by_time(replies) if reply.error is not None), None)
 
@@ -193,11 +194,12 @@ class RankPool:
         context = get_context("spawn") if self.backend == "nccl" else get_context("forkserver")
         context.set_forkserver_preload(list(self.preload))
         environment = _CHILD_ENVIRONMENT | _DEVICE_ENVIRONMENT[self.backend]
-        with _environment(_CHILD_ENVIRONMENT):
+        # The fork server too must see no GPU: what torch counted there, a forked rank takes over.
+        with _environment(environment):
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
                 place = (rank, self._store.port, self.backend, str(self._stacks_file(rank)))
-                arguments = (theirs, *place, environment)
+                arguments = (theirs, *place, environment, self.preload if self.backend == "nccl" else ())
                 # Not a daemon: dist_checkpointing's writers are children of a rank, and daemons may have none.
                 process = context.Process(target=serve, args=arguments, daemon=False, name=f"rank-{rank}")
                 process.start()
@@ -237,6 +239,16 @@ class RankPool:
             self._worlds += 1
             self._world_of |= dict.fromkeys(job, (self._worlds, job))
         return self._world_of[job[0]][0]
+
+    def _leave_old_worlds(self) -> None:
+        """Have idle ranks leave worlds that a new job takes ranks from: NCCL lets none go before all do."""
+        whole = {number for number, ranks in self._world_of.values() if all(self._is_in(r, number) for r in ranks)}
+        for rank in [rank for rank, (number, _) in self._world_of.items() if number not in whole]:
+            self._pipes[rank].send(LEAVE)
+            del self._world_of[rank]
+
+    def _is_in(self, rank: int, world: int) -> bool:
+        return self._world_of.get(rank, (0, ()))[0] == world
 
     def _collect(self, job: tuple[int, ...], limit_s: float) -> tuple[dict[int, Reply], list[int]]:
         """Wait for all answers; after the first failure only as long as peers need to notice it."""
