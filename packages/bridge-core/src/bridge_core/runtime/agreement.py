@@ -50,8 +50,8 @@ def agreed_device(live: LiveModel, group: Any) -> torch.device:
             got=backends,
             fix='make the default group with backend="cpu:gloo,cuda:nccl", or move the model',
         )
-    own = next((home.tensor.device for home in live.homes.values()), None)
-    return own if own is not None else torch.device(found[0], default_device().index)
+    elsewhere = default_device() if found == ["cuda"] else torch.device("cpu")
+    return next((home.tensor.device for home in live.homes.values()), elsewhere)
 
 
 def check_whole(live: LiveModel, group: Any) -> None:

@@ -272,11 +272,16 @@ def _groups_named(metadata: Sequence[TensorMeta], patterns: Collection[str]) -> 
             where="names",
             expected=f"a collection of patterns, such as [{patterns!r}]",
             got=repr(patterns),
+            fix="put it into a list",
         )
+    groups = {name: meta.group for meta in metadata for name in (meta.name, meta.group)}
     chosen: set[str] = set()
     unused: list[str] = []
     for pattern in patterns:
-        found = {m.group for m in metadata if fnmatchcase(m.name, pattern) or fnmatchcase(m.group, pattern)}
+        if pattern in groups:  # a list of all names of a part is long
+            chosen.add(groups[pattern])
+            continue
+        found = {group for name, group in groups.items() if fnmatchcase(name, pattern)}
         chosen |= found
         unused += [] if found else [pattern]
     if unused or not chosen:
