@@ -107,8 +107,17 @@ class Entry:
 
         `target` is the name on the Megatron side, where it is not the canonical one.
         """
-        into = fill(self.name, layer, expert) if target is None else target
-        return filled(self.opened(pieces, layer), expert, into)
+        number = str(expert)
+        into = number.join(at_layer(self.name, layer)) if target is None else target
+        # Not by way of `opened`, which pays for a whole layer of experts only.
+        return [
+            Piece(
+                shape,
+                View(number.join(at_layer(name, layer)), at + self.shifts[name] * expert, strides),
+                View(into, to, steps),
+            )
+            for shape, (name, at, strides), (_, to, steps) in pieces
+        ]
 
     def opened(self, pieces: tuple[Piece, ...], layer: int) -> list[OpenPiece]:
         """`pieces` with the layer's number in their names, for `filled`: what all experts of the layer share."""
