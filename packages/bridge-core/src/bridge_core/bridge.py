@@ -228,14 +228,12 @@ class AutoBridge:
         Args:
             model: chunks of this rank, wrapped or not.
             groups: process groups of the model; by default those it was built with.
-            fp8: see below.
+            fp8: quantise what the bridge's own folder, or the family's fp8 checkpoints, have in fp8; each such weight
+                is followed by its scales.
             options: `group`, `dtype`, `bucket_bytes` and `names` of a `Stream`.
 
         Raises:
             BridgeError: on every rank: the model does not fit the bridge, or ranks ask for different things.
-
-        With `fp8`, the weights that are quantised in the bridge's own folder, or in the family's fp8 checkpoints, are
-        yielded so, each followed by its scales.
         """
         from bridge_core.checkpoint.workers import jointly
         from bridge_core.runtime.stream import Stream

@@ -177,9 +177,10 @@ def test_a_killed_rank_ends_the_others_with_an_error(models, tmp_path, step):
     folder, _ = models("qwen3")
     notes = tmp_path / "notes"
     notes.mkdir()
-    with RankPool(2) as pool, pytest.raises(RankError):
+    with RankPool(2) as pool, pytest.raises(RankError, match="died"):
         pool.run(die_on_one_rank, str(folder), {"tp": 2}, step, str(tmp_path / "out"), str(notes), timeout_s=60)
     seconds, text = (notes / "0").read_text().split("\n", 1)
     assert float(seconds) < 30
     assert "lost" in text or "onnection" in text, text
-    assert not (tmp_path / "out").exists()
+    if step == "save":  # a load writes nothing
+        assert [path.name for path in tmp_path.iterdir()] == ["notes"], "whoever is left clears what was begun"

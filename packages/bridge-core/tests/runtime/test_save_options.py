@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
 pytest.importorskip("transformers", reason="the oracle is transformers")
 
+SIZE = "150KB"  # more files than ranks
 CASES = [
     ("qwen3", {"tp": 2, "pp": 2}, 40_000),
     ("qwen2", {"tp": 4}, 8_000),
@@ -26,23 +27,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """HF folder of each model, made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = save_model(make_model(name), tmp_path_factory.mktemp(name) / "hf", max_shard_size="150KB")
-        return made[name]
-
-    return make
-
-
 @pytest.mark.parametrize(("name", "layout", "bucket"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_each_file_is_written_by_one_rank_and_is_the_same(device_ranks, folders, tmp_path, name, layout, bucket):
     ranks = range(ParallelLayout(**layout).world_size)
-    results = device_ranks.run(save_both_ways, str(folders(name)), layout, str(tmp_path), bucket, ranks=ranks)
+    results = device_ranks.run(save_both_ways, str(folders(name, SIZE)), layout, str(tmp_path), bucket, ranks=ranks)
     shared, owned = tmp_path / "shared", tmp_path / "owned"
     names = sorted(file.name for file in shared.iterdir())
     assert sorted(file.name for file in owned.iterdir()) == names
@@ -68,7 +56,7 @@ def test_an_owner_may_have_neither_embedding_nor_output_layer(eight_device_ranks
 def test_ranks_have_to_agree_on_how_the_vocabulary_is_padded(rank_pool, folders, tmp_path):
     """Stage 2 of 4 has neither table, and was told another number of rows; files of one writer depend on it."""
     out = tmp_path / "out"
-    for text in rank_pool.run(disagree, str(folders("qwen3")), {"pp": 4}, str(out), 2, ranks=range(4)):
+    for text in rank_pool.run(disagree, str(folders("qwen3", SIZE)), {"pp": 4}, str(out), 2, ranks=range(4)):
         assert "padded differently" in text
         assert "rank 1: 144, rank 2: 160" in text
     assert not out.exists()
@@ -139,7 +127,7 @@ def test_boxes_follow_one_another_and_are_bounded(shape, numel):
 def test_a_rank_that_fails_stops_all_in_the_next_round(device_ranks, folders, tmp_path, step):
     out = tmp_path / "out"
     told = device_ranks.run(
-        fail, str(folders("qwen3")), {"tp": 2, "pp": 2}, str(out), step, 2, ranks=range(4), timeout_s=60
+        fail, str(folders("qwen3", SIZE)), {"tp": 2, "pp": 2}, str(out), step, 2, ranks=range(4), timeout_s=60
     )
     assert all("no memory left" in text for text in told), told
     rounds = {int(text.split()[0]) for text in told}
@@ -156,7 +144,7 @@ def test_a_killed_rank_ends_the_others_and_nothing_looks_finished(folders, tmp_p
 
     A pool of its own: the dead process must not be one of the session's. The pool's next save clears the remains.
     """
-    folder, out, notes = folders("qwen3"), tmp_path / "out", tmp_path / "notes"
+    folder, out, notes = folders("qwen3", SIZE), tmp_path / "out", tmp_path / "notes"
     notes.mkdir()
     size = ParallelLayout(**layout).world_size
     with RankPool(size) as pool:

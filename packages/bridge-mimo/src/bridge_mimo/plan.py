@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -175,6 +175,10 @@ class MimoPlan(Plan):
         """The number of a rank's copy of a shard on its pipeline stage of the component, and how many there are."""
         part = self.components[self.component_by_entry[shard.entry]]
         return part.plan.copy_of(part.local_rank(rank), part.own(shard))
+
+    def holders(self, shard: Shard) -> Hashable:
+        """A key of the ranks that hold a shard: those of its component, of its kind."""
+        return self.component_by_entry[shard.entry], super().holders(shard)
 
     def is_second_copy(self, rank: int, shard: Shard) -> bool:
         """Whether it is a later stage's copy of the embedding, for a tied output layer."""

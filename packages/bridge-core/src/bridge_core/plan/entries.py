@@ -5,12 +5,11 @@ Work is per *row*, never per tensor: a model with 90,000 tensors has about 15 ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
 
 from bridge_core.errors import ConfigError, CoverageError
 from bridge_core.families import Family, Fields, Table
@@ -18,20 +17,12 @@ from bridge_core.geometry import Box, Piece, Shape, View, row_major, tiling_erro
 from bridge_core.patterns import alternatives, at_layer, fill, holes
 from bridge_core.rules import Dims, Rule, Split, Tensor
 
-
-class OpenPiece(NamedTuple):
-    """A piece of one layer whose HF name lacks the number of an expert, given as the parts around it."""
-
-    shape: Shape
-    source: tuple[str, ...]
-    offset: int
-    shift: int
-    source_strides: Shape
-    to: int
-    target_strides: Shape
+OpenPiece = tuple[Shape, tuple[str, ...], int, int, Shape, int, Shape]
+"""A piece of one layer before an expert's number is in it: its shape; on the HF side the parts of the name around the
+number, offset, stride from expert to expert, strides; on the Megatron side offset and strides."""
 
 
-def filled(pieces: list[OpenPiece], expert: int, target: str) -> list[Piece]:
+def filled(pieces: Iterable[OpenPiece], expert: int, target: str) -> list[Piece]:
     """The pieces of one expert, moved to its place in stacked HF tensors, into the parameter `target`."""
     number = str(expert)
     # This runs for every parameter of every rank: two calls for each piece, and no attribute is looked up.
@@ -107,24 +98,15 @@ class Entry:
 
         `target` is the name on the Megatron side, where it is not the canonical one.
         """
-        number = str(expert)
-        into = number.join(at_layer(self.name, layer)) if target is None else target
-        # Not by way of `opened`, which pays for a whole layer of experts only.
-        return [
-            Piece(
-                shape,
-                View(number.join(at_layer(name, layer)), at + self.shifts[name] * expert, strides),
-                View(into, to, steps),
-            )
-            for shape, (name, at, strides), (_, to, steps) in pieces
-        ]
+        into = str(expert).join(at_layer(self.name, layer)) if target is None else target
+        return filled(self.opened(pieces, layer), expert, into)
 
-    def opened(self, pieces: tuple[Piece, ...], layer: int) -> list[OpenPiece]:
+    def opened(self, pieces: tuple[Piece, ...], layer: int) -> Iterator[OpenPiece]:
         """`pieces` with the layer's number in their names, for `filled`: what all experts of the layer share."""
-        return [
-            OpenPiece(shape, at_layer(name, layer), at, self.shifts[name], strides, to, steps)
+        return (
+            (shape, at_layer(name, layer), at, self.shifts[name], strides, to, steps)
             for shape, (name, at, strides), (_, to, steps) in pieces
-        ]
+        )
 
     def stack_stride(self, tensor: Tensor) -> int:
         """Elements from one expert to the next in a stacked HF tensor; 0 if it is not stacked."""

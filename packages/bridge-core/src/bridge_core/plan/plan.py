@@ -7,7 +7,7 @@ pieces of one tensor-parallel coordinate, computed once. Names and numbers are f
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import chain
@@ -277,6 +277,11 @@ class Plan:
         if entry.split is None:  # every tensor-parallel rank holds all of it
             number, copies = number * size + axis, copies * size
         return number, copies
+
+    def holders(self, shard: Shard) -> Hashable:
+        """A key of the ranks that hold a shard: a rank's shards of the same key have their copies on the same ranks."""
+        entry = self.entry(shard.entry)
+        return entry.is_expert, entry.split is None
 
     def is_second_copy(self, rank: int, shard: Shard) -> bool:
         """Whether it is a later stage's copy of the embedding: for a tied output layer, or for MTP."""

@@ -52,7 +52,7 @@ def shards_of(
     offset = stage.layer_offset if entry.block == DECODER_LAYERS else 0
     for layer in layers:
         names, params = at_layer(entry.name, layer), at_layer(local, layer - offset)
-        opened = entry.opened(form.pieces, layer)
+        opened = list(entry.opened(form.pieces, layer))
         for expert in experts:
             param = str(expert - experts.start).join(params)
             pieces = tuple(filled(opened, expert, param))

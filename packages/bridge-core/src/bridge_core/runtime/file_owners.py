@@ -8,8 +8,9 @@ the layout. Who sends what follows from the plan: nothing but weights, and a wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from heapq import heapreplace
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
@@ -82,15 +83,29 @@ def owners_of(sizes: Sequence[int], ranks: int) -> list[int]:
     return found
 
 
-def takes_turn(plan: Plan, rank: int, number: int, shard: Shard) -> bool:
-    """Whether a rank is the one that saves its copy of a shard, the `number`-th of its shards.
+def saved_by(plan: Plan, rank: int, shards: Iterable[Shard]) -> list[Shard]:
+    """The shards that a rank saves of those that it holds, in their order: its share of what other ranks hold too.
 
-    Ranks that hold the same take turns. A later stage's copy of the embedding is saved by nobody.
+    The largest go first, each to the rank that has least so far, so shares are as equal as whole shards allow. The
+    ranks that hold the same shards find the same, without a word. A later stage's copy of the embedding is saved by
+    nobody.
+
+    Args:
+        plan: of the model.
+        rank: its number in the layout.
+        shards: all that it holds, in the plan's order.
     """
-    if plan.is_second_copy(rank, shard):
-        return False
-    turn, turns = plan.copy_of(rank, shard)
-    return number % turns == turn
+    held = [shard for shard in shards if not plan.is_second_copy(rank, shard)]
+    shares: dict[Hashable, list[tuple[int, int]]] = {}  # elements so far and number of each holder, a heap
+    mine: set[int] = set()
+    for number in sorted(range(len(held)), key=lambda number: -prod(held[number].shape)):
+        turn, turns = plan.copy_of(rank, held[number])
+        heap = shares.setdefault(plan.holders(held[number]), [(0, other) for other in range(turns)])
+        elements, first = heap[0]
+        heapreplace(heap, (elements + prod(held[number].shape), first))
+        if first == turn:
+            mine.add(number)
+    return [shard for number, shard in enumerate(held) if number in mine]
 
 
 class WholeFiles:
@@ -222,9 +237,7 @@ def holdings(plan: Plan, rank: int, names: set[str] | None = None) -> dict[str, 
     """What a rank sends of each HF tensor, or of those in `names`, in the plan's order."""
     wanted = names if names is None else names | {copy.of for name, copy in plan.copies.items() if name in names}
     found: dict[str, list[tuple[Shard, Piece]]] = {}
-    for number, shard in enumerate(plan.iter_local_shards(rank)):
-        if not takes_turn(plan, rank, number, shard):
-            continue
+    for shard in saved_by(plan, rank, plan.iter_local_shards(rank)):
         for piece in shard.pieces:
             if wanted is None or piece.source.tensor in wanted:
                 found.setdefault(piece.source.tensor, []).append((shard, piece))

@@ -15,7 +15,7 @@ from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Box, Piece, View, restrict, runs
 from bridge_core.plan import Shard
-from bridge_core.runtime.file_owners import Sent, takes_turn
+from bridge_core.runtime.file_owners import Sent, saved_by
 from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import cast, flat, staging
@@ -90,9 +90,8 @@ class SharedFiles:
             self._scales = agreed_scales(self.live, self._dtypes, self._group)
         with ExitStack() as stack:
             self._files = OpenFiles(stack)
-            for number, shard in enumerate(self.live.shards):
-                if takes_turn(self.live.plan, self.live.rank, number, shard):
-                    self.save(shard)
+            for shard in saved_by(self.live.plan, self.live.rank, self.live.shards):
+                self.save(shard)
         if self._failure is not None:
             raise self._failure
         return Sent(self.written.total(), self.sent, self.exchanges, tuple(sorted(self._opened)))

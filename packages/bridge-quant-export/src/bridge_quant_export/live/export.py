@@ -127,11 +127,11 @@ def export_quantized(
         return live, read_held(live, chunks), like
 
     live, held, like = jointly(workers, look)
+    check_whole(live, group)
     live.renew()
     held = _calibrated(live, held, groups, group, workers, uncalibrated, ranges)
     held = jointly(workers, lambda: share_fused(held, live.plan, format))
     formats, kv_layers = agreed_formats(held, workers)
-    check_whole(live, group)
     dtypes = agreed_dtypes(live, dtype, group)
 
     def plan() -> tuple[Manifest, HfLayout, PackedFiles]:
