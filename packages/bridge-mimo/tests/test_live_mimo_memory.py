@@ -15,14 +15,11 @@ from mimo_memory_jobs import peaks_of_exports
 MATRIX = 2048 * 512 * 4
 """Bytes of the largest tensor of the folder: the projections of an MLP."""
 BUCKET = 2 * MATRIX
-MOST = 10 * BUCKET
-"""What a stream may take: the bucket that the consumer still holds, the next one, and the sum's own buffers make four.
-gloo's threads let go of those when they get to it, on a busy machine some buckets later."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_depth_costs_no_memory(rank_pool, tmp_path):
-    assert MOST < 16 * 3 * MATRIX / 2
+    assert 6 * BUCKET < 16 * 3 * MATRIX / 3
     results = rank_pool.run(peaks_of_exports, config(), str(tmp_path), [8, 24], BUCKET, ranks=range(2))
     for rank, (shallow, deep) in enumerate(results):
         if rank == 0:
@@ -30,7 +27,8 @@ def test_depth_costs_no_memory(rank_pool, tmp_path):
         # In place: at most a tensor that is put together before it is written.
         assert deep["save"] < 2 * MATRIX, results
         assert deep["save"] - shallow["save"] < MATRIX, results
-        assert deep["stream"] < MOST, results
+        # The bucket that the consumer still holds, the next one, and the sum's own buffers: a sixth of the model.
+        assert deep["stream"] < 6 * BUCKET, results
 
 
 def config():
