@@ -8,9 +8,8 @@ the layout. Who sends what follows from the plan: nothing but weights, and a wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from heapq import heapreplace
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
@@ -24,6 +23,7 @@ from bridge_core.errors import LayoutError
 from bridge_core.geometry import Box, Piece, Shape, restrict, slabs
 from bridge_core.plan import Plan, Shard
 from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.shares import saved_by
 from bridge_core.runtime.tensors import cast, dtype_name, flat, staging, torch_dtype, window
 
 if TYPE_CHECKING:
@@ -81,31 +81,6 @@ def owners_of(sizes: Sequence[int], ranks: int) -> list[int]:
         found.append(min((before + size // 2) * ranks // total, ranks - 1))
         before += size
     return found
-
-
-def saved_by(plan: Plan, rank: int, shards: Iterable[Shard]) -> list[Shard]:
-    """The shards that a rank saves of those that it holds, in their order: its share of what other ranks hold too.
-
-    The largest go first, each to the rank that has least so far, so shares are as equal as whole shards allow. The
-    ranks that hold the same shards find the same, without a word. A later stage's copy of the embedding is saved by
-    nobody.
-
-    Args:
-        plan: of the model.
-        rank: its number in the layout.
-        shards: all that it holds, in the plan's order.
-    """
-    held = [shard for shard in shards if not plan.is_second_copy(rank, shard)]
-    shares: dict[Hashable, list[tuple[int, int]]] = {}  # elements so far and number of each holder, a heap
-    mine: set[int] = set()
-    for number in sorted(range(len(held)), key=lambda number: -prod(held[number].shape)):
-        turn, turns = plan.copy_of(rank, held[number])
-        heap = shares.setdefault(plan.holders(held[number]), [(0, other) for other in range(turns)])
-        elements, first = heap[0]
-        heapreplace(heap, (elements + prod(held[number].shape), first))
-        if first == turn:
-            mine.add(number)
-    return [shard for number, shard in enumerate(held) if number in mine]
 
 
 class WholeFiles:

@@ -1,9 +1,9 @@
 """A live model to an HF folder: files are laid out first, then their bytes are written in place.
 
 No tensor is gathered anywhere. By default every owner writes its own bytes at their offsets. Where many ranks hold
-the same shards, these are shared out by size, as equally as whole shards allow. Row-parallel weights would be written
-in runs of a few hundred bytes; their ranks exchange columns for rows first, within the tensor-parallel group. File
-systems that several nodes cannot write one file on get whole files from one rank each (`runtime.file_owners`).
+the same shards, each writes an equal share of them (`runtime.shares`). Row-parallel weights would be written in runs
+of a few hundred bytes; their ranks exchange columns for rows first, within the tensor-parallel group. File systems
+that several nodes cannot write one file on get whole files from one rank each (`runtime.file_owners`).
 """
 
 from __future__ import annotations

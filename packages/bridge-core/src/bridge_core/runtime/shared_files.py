@@ -15,9 +15,10 @@ from bridge_core.codecs import Fp8Blocks
 from bridge_core.dtypes import dtype_of
 from bridge_core.geometry import Box, Piece, View, restrict, runs
 from bridge_core.plan import Shard
-from bridge_core.runtime.file_owners import Sent, saved_by
+from bridge_core.runtime.file_owners import Sent
 from bridge_core.runtime.fp8 import agreed_scales, quantised
 from bridge_core.runtime.live import LiveModel
+from bridge_core.runtime.shares import saved_by
 from bridge_core.runtime.tensors import cast, flat, staging
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def tensor_groups(live: LiveModel, groups: Any) -> GroupOf:
 class SharedFiles:
     """The weight files of a save, each written by all ranks that hold a part of it.
 
-    Who writes other bytes than the parameters' own (packed ones) overrides `save`, and calls `guarded` and `put`.
+    Who writes other bytes than the parameters' own (packed ones) overrides `save` and `may_cut`, and calls `guarded`
+    and `put`.
 
     Args:
         live: the model.
@@ -90,14 +92,18 @@ class SharedFiles:
             self._scales = agreed_scales(self.live, self._dtypes, self._group)
         with ExitStack() as stack:
             self._files = OpenFiles(stack)
-            for shard in saved_by(self.live.plan, self.live.rank, self.live.shards):
+            for shard in saved_by(self.live.plan, self.live.rank, self.live.shards, self.may_cut):
                 self.save(shard)
         if self._failure is not None:
             raise self._failure
         return Sent(self.written.total(), self.sent, self.exchanges, tuple(sorted(self._opened)))
 
+    def may_cut(self, shard: Shard) -> bool:
+        """Whether replicas may write parts of a shard each."""
+        return not self._cut_by_columns(shard)
+
     def save(self, shard: Shard) -> None:
-        """Write the HF elements of one shard. Collective over the group that splits it."""
+        """Write the HF elements that the pieces of a shard have. Collective over the group that splits it."""
         entry = self.live.plan.entry(shard.entry)
         group = self.cut_over(shard)
         tensor = flat(self.live.tensor(shard))
@@ -136,6 +142,7 @@ class SharedFiles:
         return None
 
     def _write(self, tensor: Tensor, pieces: Sequence[Piece], shift: float) -> None:
+        tensor, pieces = _span(tensor, pieces)
         tensor = tensor.float() - shift if shift else tensor
         held: dict[str, Tensor] = {}
         for piece in pieces:
@@ -176,6 +183,13 @@ class SharedFiles:
         for at_source, at_target, length in runs(piece):
             part = data[at_source * itemsize : (at_source + length) * itemsize]
             self.written[name] += write_all(descriptor, part, offset + at_target * itemsize)
+
+
+def _span(tensor: Tensor, pieces: Sequence[Piece]) -> tuple[Tensor, list[Piece]]:
+    """A flat tensor from the first element that pieces take to the last, and the pieces in its coordinates."""
+    start = min((piece.target.offset for piece in pieces), default=0)
+    stop = max((piece.target.at([extent - 1 for extent in piece.shape]) + 1 for piece in pieces), default=0)
+    return tensor[start:stop], [piece._replace(target=piece.target.moved(-start)) for piece in pieces]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -64,6 +64,10 @@ class PackedFiles(SharedFiles):
             if weight.state is not None:
                 self._gathers(weight.shard.entry, weight.state.format)
 
+    def may_cut(self, shard: Shard) -> bool:
+        """Not where it is packed: a band could begin inside a block."""
+        return (shard.chunk, shard.param) not in self._states and super().may_cut(shard)
+
     def save(self, shard: Shard) -> None:
         """Write the packed tensors of one shard, or its elements if it is not quantised. Collective over its group."""
         key = shard.chunk, shard.param

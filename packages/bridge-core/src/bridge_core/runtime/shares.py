@@ -1,0 +1,68 @@
+"""Who saves what of the shards that several ranks hold. Arithmetic: every rank finds the same, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from heapq import heapreplace
+from math import prod
+
+from bridge_core.geometry import Box, restrict, slabs, whole
+from bridge_core.plan import Plan, Shard
+
+_PARTS = 4
+"""A shard of more than a rank's share divided by this is cut. So nobody saves more than that beyond a share, and cuts
+are few."""
+
+
+def saved_by(
+    plan: Plan, rank: int, shards: Iterable[Shard], may_cut: Callable[[Shard], bool] = lambda shard: True
+) -> list[Shard]:
+    """What a rank saves of the shards that it holds, in their order: its share of what other ranks hold too.
+
+    Large shards are cut into bands of rows. Then the largest go first, each to the rank that has least so far. A later
+    stage's copy of the embedding is saved by nobody.
+
+    Args:
+        plan: of the model.
+        rank: its number in the layout.
+        shards: all that it holds, in the plan's order.
+        may_cut: whether a shard may be cut; the same on all ranks that hold it.
+
+    Returns:
+        The shards. One that was cut is there once for every band, with the pieces that lie in it.
+    """
+    held = [shard for shard in shards if not plan.is_second_copy(rank, shard)]
+    alike: dict[Hashable, list[int]] = {}  # numbers of the shards that have their copies on the same ranks
+    for number, shard in enumerate(held):
+        alike.setdefault(plan.holders(shard), []).append(number)
+    mine: list[tuple[int, Box]] = []
+    for numbers in alike.values():
+        turn, turns = plan.copy_of(rank, held[numbers[0]])
+        elements = sum(prod(held[number].shape) for number in numbers)
+        parts: list[tuple[int, Box]] = []
+        for number in numbers:
+            shape, cut = held[number].shape, turns > 1 and may_cut(held[number])
+            boxes = slabs(shape, max(1, elements // (turns * _PARTS))) if cut else [whole(shape)]
+            parts += [(number, box) for box in boxes]
+        mine += _dealt(parts, turns, turn)
+    return [_within(held[number], box) for number, box in sorted(mine)]
+
+
+def _dealt(parts: Sequence[tuple[int, Box]], turns: int, turn: int) -> list[tuple[int, Box]]:
+    """What one of several ranks gets when the largest parts go first, each to the rank that has least so far."""
+    loads = [(0, other) for other in range(turns)]  # elements and rank, a heap
+    mine: list[tuple[int, Box]] = []
+    for part in sorted(parts, key=lambda part: -part[1].numel):
+        elements, least = loads[0]
+        heapreplace(loads, (elements + part[1].numel, least))
+        if least == turn:
+            mine.append(part)
+    return mine
+
+
+def _within(shard: Shard, box: Box) -> Shard:
+    """A shard with only the pieces that lie in a box of it, still in coordinates of the whole shard."""
+    if box.shape == shard.shape:
+        return shard
+    parts = (restrict(piece, "target", shard.shape, box, shard.shape, box.start) for piece in shard.pieces)
+    return shard._replace(pieces=tuple(piece for found in parts for piece in found))
