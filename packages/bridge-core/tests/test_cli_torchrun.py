@@ -43,8 +43,8 @@ def test_two_workers_share_a_conversion(tmp_path):
     ("rank", "fault", "words"),
     [
         (0, "disk", "No space left on device"),
-        (1, "disk", "worker 1 failed: a file could not be read or written"),
-        (1, "mount", "worker 1 failed: no such folder"),
+        (1, "disk", "rank 1 failed: a file could not be read or written"),
+        (1, "mount", "rank 1 failed: no such folder"),
         (1, "kill", ""),
     ],
 )

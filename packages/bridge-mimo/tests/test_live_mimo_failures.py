@@ -34,7 +34,7 @@ def test_one_rank_ends_all(rank_pool, folder, tmp_path, failing):
         assert all(f"no memory left on rank {failing}" in one[step] for one in told), [one[step] for one in told]
     assert told[failing]["stream"] == f"no memory left on rank {failing}"
     for rank in {0, 1, 2} - {failing}:
-        assert f"worker {failing} failed" in told[rank]["stream"]
+        assert f"rank {failing} failed" in told[rank]["stream"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and ".partial" not in str(path)]
 
 

@@ -86,7 +86,7 @@ def test_one_failing_worker_fails_them_all(rank_pool, dense, adapter, run, tmp_p
 def check_texts(texts, rank, fault):
     """The failing process raises its own error, all others say whose it is."""
     assert ("no such folder" if fault == "mount" else "No space left on device") in texts[rank]
-    assert f"worker {rank} failed" in texts[1 - rank]
+    assert f"rank {rank} failed" in texts[1 - rank]
 
 
 @pytest.mark.parametrize(("verb", "rank"), [("save", 0), ("checkpoint", 0), ("checkpoint", 1)])

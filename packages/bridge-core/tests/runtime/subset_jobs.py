@@ -79,6 +79,28 @@ def refused_by_megatron(path: str, layout: dict[str, Any], folder: str):
         return errors_of(*(partial(verb, chunks, folder, groups=pg, group=everyone) for verb in verbs))
 
 
+def hook_fails(path: str, layout: dict[str, Any], failing: int) -> list[str] | None:
+    """What the ranks of `MEMBERS` get when the loop over a stream fails on one of them; None elsewhere."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge
+    from bridge_core.errors import BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    def loop() -> None:
+        with bridge.export_hf_weights(chunks, groups=pg, group=everyone) as tensors:
+            for _ in tensors:
+                if dist.get_rank() == failing:
+                    raise BridgeError("no place for it")
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        if (built := _build(bridge, layout)) is None:
+            return None
+        pg, everyone, chunks = built
+        return errors_of(loop)
+
+
 def two_copies(path: str, layout: dict[str, Any], out: str) -> list[str]:
     """What streams and saves of two copies of a model, each on two of four ranks, say over the group of all four."""
     from bridge_core import AutoBridge

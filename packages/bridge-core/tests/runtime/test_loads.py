@@ -29,7 +29,7 @@ def test_a_file_that_one_rank_misses_is_named_on_all(device_ranks, folders, tmp_
     told = device_ranks.run(lose_a_file, paths, layout, later, ranks=[0, 1], timeout_s=60)
     for rank, (text, copied, loaded) in enumerate(told):
         assert str(own / lost) in text
-        assert ("WorkerError: worker 1 failed" in text) == (rank == 0)
+        assert ("WorkerError: rank 1 failed" in text) == (rank == 0)
         assert when != "before" or not copied
         assert loaded
 

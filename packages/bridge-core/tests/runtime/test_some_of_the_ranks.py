@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime.subset_jobs import MEMBERS, refused_by_megatron, round_trip, two_copies
+from runtime.subset_jobs import MEMBERS, hook_fails, refused_by_megatron, round_trip, two_copies
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -39,6 +39,15 @@ def test_others_take_no_part(device_ranks, folders, tmp_path, name, layout):
     for got in (result[way] for result in results for way in ("stream", "exported")):
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[n].view(torch.int32), tensor.view(torch.int32)) for n, tensor in expected.items())
+
+
+@pytest.mark.parametrize("failing", MEMBERS)
+def test_errors_name_ranks_as_a_launcher_does(device_ranks, folders, failing):
+    """By their number among all processes, not in the group."""
+    told = device_ranks.run(hook_fails, str(folders("qwen3")), {"tp": 2}, failing, ranks=range(4), timeout_s=60)
+    for rank in MEMBERS:
+        (text,) = told[rank]
+        assert text.startswith("no place for it" if rank == failing else f"rank {failing} failed: no place for it")
 
 
 def test_megatron_checkpoints_are_refused(device_ranks, folders, tmp_path):

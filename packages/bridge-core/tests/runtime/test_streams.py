@@ -245,7 +245,7 @@ def test_a_hook_that_fails_on_one_rank_is_heard_by_all(device_ranks, sources, wa
             assert seen == at % count + 1
         else:
             said = "it left the stream" if way == "for" else "HookError: no place for"
-            assert f"worker 1 failed: {said}" in text
+            assert f"rank 1 failed: {said}" in text
             assert seen < count or at < 0
 
 
@@ -265,6 +265,6 @@ def test_a_rank_that_cannot_fill_a_bucket_says_why_to_all(device_ranks, sources,
         if rank == 1:
             assert text.startswith(own)
         else:
-            assert text.startswith("WorkerError: worker 1 failed: ")
+            assert text.startswith("WorkerError: rank 1 failed: ")
             assert own.partition(": ")[2] in text
         assert way == "memory" or re.search(r"where: +(model\.|lm_head\.)", text), text

@@ -44,20 +44,19 @@ def saved_by(
             shape, cut = held[number].shape, turns > 1 and may_cut(held[number])
             boxes = slabs(shape, max(1, elements // (turns * _PARTS))) if cut else [whole(shape)]
             parts += [(number, box) for box in boxes]
-        mine += _dealt(parts, turns, turn)
+        owners = dealt([box.numel for _, box in parts], turns)
+        mine += [part for part, owner in zip(parts, owners, strict=True) if owner == turn]
     return [_within(held[number], box) for number, box in sorted(mine)]
 
 
-def _dealt(parts: Sequence[tuple[int, Box]], turns: int, turn: int) -> list[tuple[int, Box]]:
-    """What one of several ranks gets when the largest parts go first, each to the rank that has least so far."""
-    loads = [(0, other) for other in range(turns)]  # elements and rank, a heap
-    mine: list[tuple[int, Box]] = []
-    for part in sorted(parts, key=lambda part: -part[1].numel):
-        elements, least = loads[0]
-        heapreplace(loads, (elements + part[1].numel, least))
-        if least == turn:
-            mine.append(part)
-    return mine
+def dealt(sizes: Sequence[int], ways: int) -> list[int]:
+    """Who of so many gets each of some things: the largest first, each to the one that has least so far."""
+    loads = [(0, number) for number in range(ways)]  # a heap
+    owners = [0] * len(sizes)
+    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
+        load, owners[at] = loads[0]
+        heapreplace(loads, (load + sizes[at], owners[at]))
+    return owners
 
 
 def _within(shard: Shard, box: Box) -> Shard:

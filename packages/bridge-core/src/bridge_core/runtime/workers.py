@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-_LOST = "a worker was lost"
+_LOST = "a rank was lost"
 _FACTS = ("what", "where", "expected", "got", "fix")
 
 
@@ -25,7 +25,8 @@ class WorkerError(BridgeError):
     """Another worker of a shared conversion failed, or was lost.
 
     Attributes:
-        worker: rank of the worker in its group; None for one that did not say why.
+        worker: rank of the worker in its group, where the message has its rank among all processes; None for one that
+            did not say why.
     """
 
     def __init__(self, what: str, *, worker: int | None, **facts: Any) -> None:
@@ -40,9 +41,9 @@ class LostWorkerError(WorkerError):
         super().__init__(
             _LOST,
             worker=None,
-            expected="an answer from all workers",
+            expected="an answer from all ranks",
             got=got.strip().splitlines()[0] if got.strip() else "none",
-            fix="look at the output of the other workers; nothing was finished",
+            fix="look at the output of the other ranks; nothing was finished",
         )
 
 
@@ -86,7 +87,8 @@ class TorchWorkers:
         if first == self.rank and failure is not None:
             raise failure
         facts = dict(said[first] or {})
-        raise WorkerError(f"worker {first} failed: {facts.pop('what')}", worker=first, **facts) from failure
+        said_by = require("torch.distributed", extra="torch").get_global_rank(self._group, first)
+        raise WorkerError(f"rank {said_by} failed: {facts.pop('what')}", worker=first, **facts) from failure
 
     def share(self, value: Any) -> list[Any]:
         """What every worker has to say, by rank: JSON values. Collective.

@@ -35,6 +35,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError
 from bridge_core.geometry import whole
 from bridge_core.plan import Plan
+from bridge_core.runtime.shares import dealt
 from bridge_core.runtime.tensors import cast, read_into, torch_dtype
 from bridge_quant_export.formats.format import WRITERS, Writer
 from bridge_quant_export.formats.kv_cache import pack_kv
@@ -267,15 +268,9 @@ def _jobs(ready: _Ready) -> Iterator[tuple[str, Job]]:
 
 
 def _share(jobs: list[tuple[str, Job]], rank: int, size: int) -> list[tuple[str, Job]]:
-    """Every worker's tensors: large ones dealt out first, each to whom has least."""
-    loads = [0] * size
-    mine: list[tuple[str, Job]] = []
-    for name, job in sorted(jobs, key=lambda pair: -pair[1].target.nbytes):
-        worker = loads.index(min(loads))
-        loads[worker] += job.target.nbytes
-        if worker == rank:
-            mine.append((name, job))
-    return mine
+    """Every worker's tensors, equal in bytes as far as whole tensors allow."""
+    owners = dealt([job.target.nbytes for _, job in jobs], size)
+    return [job for job, owner in zip(jobs, owners, strict=True) if owner == rank]
 
 
 def _whole(job: Job, reader: Reader) -> Tensor:
