@@ -161,13 +161,7 @@ def save_live(
         check_count("bucket_bytes", bucket_bytes)
         check_free(output, overwrite=overwrite)
         if fp8 and one_writer_per_file:
-            raise ConfigError(
-                "files that one rank writes cannot be quantised on the way",
-                where="fp8, one_writer_per_file",
-                expected="one of them",
-                got="both",
-                fix="save with one_writer_per_file, and export to fp8 offline",
-            )
+            raise _quantised_on_the_way()
         if source is not None:
             check_apart(output, Path(source))
         like = open_hf(source) if source is not None else None
@@ -198,6 +192,16 @@ def save_live(
         bytes_sent=sent.sent,
         exchanges=sent.rounds,
         files=sent.files,
+    )
+
+
+def _quantised_on_the_way() -> ConfigError:
+    return ConfigError(
+        "files that one rank writes cannot be quantised on the way",
+        where="fp8, one_writer_per_file",
+        expected="one of them",
+        got="both",
+        fix="save with one_writer_per_file, and export to fp8 offline",
     )
 
 

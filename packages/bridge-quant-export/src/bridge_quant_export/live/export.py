@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,19 @@ import torch
 
 from bridge_core import AutoBridge
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
-from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files
-from bridge_core.checkpoint.hf_output import carried_files, copy_files, finish_hf_folder
+from bridge_core.checkpoint.hf_layout import lay_out_files
+from bridge_core.checkpoint.hf_output import carried_files
 from bridge_core.checkpoint.output import check_apart, check_free, real_path, write_folder
-from bridge_core.checkpoint.safetensors import read_header
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import ConfigError, CoverageError, OutputError, preview
+from bridge_core.errors import ConfigError, OutputError, preview
 from bridge_core.runtime.agreement import agreed_dtypes, check_whole
+from bridge_core.runtime.file_owners import Sent
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
-from bridge_quant_export.configs import compressed_tensors, modelopt
+from bridge_quant_export.beside import Beside
 from bridge_quant_export.formats.format import WRITERS, Writer
 from bridge_quant_export.live.agree import Ranges, agreed_formats, agreed_ranges, check_ranges
 from bridge_quant_export.live.files import PackedFiles
@@ -119,9 +117,9 @@ def export_quantized(
         check_policy(uncalibrated)
         check_ranges(ranges)
         check_free(output, overwrite=overwrite)
-        like = open_hf(bridge.path) if bridge.path and any(bridge.path.glob("*.safetensors")) else None
         if bridge.path is not None:
             check_apart(output, bridge.path)
+        like = open_hf(bridge.path) if bridge.path and any(bridge.path.glob("*.safetensors")) else None
         inventory = None if like is None else like.shapes
         live = open_live(model, bridge.family, bridge.fields, groups=groups, inventory=inventory, ignore=bridge.ignore)
         return live, read_held(live, chunks), like
@@ -134,7 +132,7 @@ def export_quantized(
     formats, kv_layers = agreed_formats(held, workers)
     dtypes = agreed_dtypes(live, dtype, group)
 
-    def plan() -> tuple[Manifest, HfLayout, PackedFiles]:
+    def plan() -> tuple[Manifest, Beside, PackedFiles]:
         manifest = make_manifest(live.plan, formats, writer=format, dtypes=dtypes, kv_layers=kv_layers)
         layout = lay_out_files(manifest.shapes, manifest.dtypes, max_shard_size)
         how: dict[str, Any] = {"writer": format, "kv_at_least_one": kv_at_least_one}
@@ -143,34 +141,12 @@ def export_quantized(
         else:
             files = PackedFiles(live, layout, groups, held, **how)
         files.check_cuts()
-        return manifest, layout, files
+        config = bridge.family.consistent(bridge.config, bridge.fields)
+        carried = None if like is None else (like.path, carried_files(like))
+        return manifest, Beside.of(manifest, format, config, carried), files
 
-    manifest, layout, files = jointly(workers, plan)
-    quantization, beside = jointly(workers, lambda: configurations(manifest, format))
-    config = bridge.family.consistent(bridge.config, bridge.fields)
-
-    def prepare(folder: Path) -> None:
-        files.create(folder)
-        if like is not None:
-            carried = [file for file in carried_files(like) if file.name != modelopt.HF_QUANT_CONFIG]
-            copy_files(like.path, carried, folder)
-
-    def finish(folder: Path) -> None:
-        check_headers(folder, layout)
-        write_beside(folder, beside)
-        finish_hf_folder(folder, layout, config, dtype=manifest.dtype, quantization=quantization)
-
-    sent = write_folder(
-        output,
-        layout.nbytes,
-        workers,
-        prepare,
-        lambda folder, rank, size: files.write(folder),
-        finish,
-        overwrite=overwrite,
-        durable=durable,
-        check=lambda: check_written(files, manifest, group),
-    )
+    manifest, beside, files = jointly(workers, plan)
+    sent = _write(output, files, manifest, beside, workers, group, overwrite=overwrite, durable=durable)
     return ExportReport(
         output=output,
         tensors=len(manifest.shapes),
@@ -198,26 +174,34 @@ def _calibrated(
     return agreed_ranges(live, settled, groups, workers, ranges)
 
 
-def configurations(manifest: Manifest, writer: Writer) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """`quantization_config`, and the content of `hf_quant_config.json` for the format that has one."""
-    if writer == "compressed-tensors":
-        return compressed_tensors.compose(manifest.layers), None
-    return modelopt.compose(manifest.layers, producer_version=modelopt_version())
+def _write(
+    output: Path,
+    files: PackedFiles,
+    manifest: Manifest,
+    beside: Beside,
+    workers: TorchWorkers,
+    group: Any,
+    *,
+    overwrite: bool,
+    durable: bool,
+) -> Sent:
+    """Write the folder: weights by all ranks, everything else by rank 0. Collective."""
 
+    def prepare(folder: Path) -> None:
+        files.create(folder)
+        beside.copy(folder)
 
-def write_beside(folder: Path, beside: Mapping[str, Any] | None) -> None:
-    """Write the file that ModelOpt's format has beside config.json; nothing for the other."""
-    if beside is not None:
-        text = json.dumps(beside, indent=4) + "\n"
-        (folder / modelopt.HF_QUANT_CONFIG).write_text(text, encoding="utf-8")
-
-
-def modelopt_version() -> str:
-    """The version of the ModelOpt that is installed here, which quantised the model."""
-    try:
-        return version("nvidia-modelopt")
-    except PackageNotFoundError:
-        return "unknown"
+    return write_folder(
+        output,
+        files.layout.nbytes,
+        workers,
+        prepare,
+        lambda folder, rank, size: files.write(folder),
+        lambda folder: beside.finish(folder, files.layout),
+        overwrite=overwrite,
+        durable=durable,
+        check=lambda: check_written(files, manifest, group),
+    )
 
 
 def check_written(files: PackedFiles, manifest: Manifest, group: Any) -> None:
@@ -247,17 +231,3 @@ def check_written(files: PackedFiles, manifest: Manifest, group: Any) -> None:
             got=f"{found[wrong[0]].item()} bytes",
             fix="nothing was left behind; this is a fault of the library, please report it",
         )
-
-
-def check_headers(folder: Path, layout: HfLayout) -> None:
-    """Raise unless the files in a folder say of their tensors what was planned.
-
-    Raises:
-        CoverageError: names the file.
-        CheckpointError: a file is no safetensors file of its size.
-    """
-    for file in layout.files:
-        found, _, _ = read_header(folder / file.name)
-        said = {name: (stored.offset, stored.dtype, stored.shape) for name, stored in found.items()}
-        if said != file.tensors:
-            raise CoverageError("a file holds other tensors than planned", where=file.name, got=preview(sorted(said)))

@@ -19,9 +19,7 @@ from bridge_core.checkpoint.hf_folder import HfFolder, open_hf, read_config
 from bridge_core.checkpoint.hf_layout import HfLayout, lay_out_files
 from bridge_core.checkpoint.hf_output import (
     carried_files,
-    copy_files,
     create_weight_files,
-    finish_hf_folder,
     stored_assets,
 )
 from bridge_core.checkpoint.matching import megatron_entries
@@ -37,11 +35,11 @@ from bridge_core.geometry import whole
 from bridge_core.plan import Plan
 from bridge_core.runtime.shares import dealt
 from bridge_core.runtime.tensors import cast, read_into, torch_dtype
+from bridge_quant_export.beside import Beside
 from bridge_quant_export.formats.format import WRITERS, Writer
 from bridge_quant_export.formats.kv_cache import pack_kv
 from bridge_quant_export.formats.packing import pack
 from bridge_quant_export.live.agree import agreed_formats, agreed_ranges
-from bridge_quant_export.live.export import check_headers, configurations, write_beside
 from bridge_quant_export.live.fused import share_fused
 from bridge_quant_export.live.held import Held, Weight
 from bridge_quant_export.live.packed import Region, calibration_of, regions
@@ -120,22 +118,10 @@ def export_saved(
         return _plan(megatron_path, like, given, format, dtype, uncalibrated, max_shard_size, output)
 
     ready = jointly(team, plan)
-    quantization, beside = configurations(ready.manifest, format)
-    family, fields = ready.plan.family, ready.plan.fields
-    given = ready.checkpoint.hf_config
-    config = family.consistent(given, fields) if given else family.to_hf(fields)
 
     def prepare(folder: Path) -> None:
         create_weight_files(folder, ready.layout)
-        if ready.like is not None:
-            copy_files(ready.like.path, carried_files(ready.like), folder)
-        elif (assets := ready.checkpoint.path / ASSETS).is_dir():
-            copy_files(assets, stored_assets(assets), folder)
-
-    def finish(folder: Path) -> None:
-        check_headers(folder, ready.layout)
-        write_beside(folder, beside)
-        finish_hf_folder(folder, ready.layout, config, dtype=ready.manifest.dtype, quantization=quantization)
+        ready.beside.copy(folder)
 
     write_folder(
         ready.output,
@@ -143,7 +129,7 @@ def export_saved(
         team,
         prepare,
         lambda folder, rank, size: _fill(ready, folder, rank, size, format, kv_at_least_one),
-        finish,
+        lambda folder: ready.beside.finish(folder, ready.layout),
         overwrite=overwrite,
         durable=durable,
     )
@@ -160,14 +146,13 @@ class _Ready:
     """An export that was planned; nothing is written yet."""
 
     output: Path
-    checkpoint: MegatronFolder
-    like: HfFolder | None
     plan: Plan
     wired: Wired
     held: Held
     manifest: Manifest
     layout: HfLayout
     stored: Mapping[str, str]
+    beside: Beside
 
 
 class _One:
@@ -215,15 +200,24 @@ def _plan(
     layout = lay_out_files(manifest.shapes, manifest.dtypes, max_shard_size)
     return _Ready(
         output=output,
-        checkpoint=checkpoint,
-        like=like,
         plan=plan,
         wired=wired,
         held=held,
         manifest=manifest,
         layout=layout,
         stored=stored,
+        beside=_beside(manifest, writer, checkpoint, like),
     )
+
+
+def _beside(manifest: Manifest, writer: Writer, checkpoint: MegatronFolder, like: HfFolder | None) -> Beside:
+    """With the files of the unquantised model's folder, or else with those that an import left in the checkpoint."""
+    family, fields, given = checkpoint.family, checkpoint.fields, checkpoint.hf_config
+    config = family.consistent(given, fields) if given else family.to_hf(fields)
+    if like is not None:
+        return Beside.of(manifest, writer, config, (like.path, carried_files(like)))
+    assets = checkpoint.path / ASSETS
+    return Beside.of(manifest, writer, config, (assets, stored_assets(assets)) if assets.is_dir() else None)
 
 
 def _fill(ready: _Ready, folder: Path, rank: int, size: int, writer: Writer, kv_at_least_one: bool) -> int:
