@@ -75,6 +75,24 @@ def test_a_model_of_other_sizes_is_refused(device_ranks, folders, tmp_path, name
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16},
+            ["num_attention_heads=8, num_query_groups=4, kv_channels=8", "num_attention_heads=4"],
+        ),
+        ({"layernorm_zero_centered_gamma": True}, ["gamma=False", "gamma=True"]),
+    ],
+    ids=["heads", "norms-around-zero"],
+)
+def test_a_model_of_equal_shapes_and_other_meaning_is_refused(device_ranks, folders, tmp_path, changes, words):
+    """Eight heads of 8 have the rows of four of 16, and a norm around zero the elements of one around one."""
+    results = device_ranks.run(refuse, str(folders("llama")), changes, {"tp": 2}, str(tmp_path / "out"), **RUN)
+    check(results, ["built with other settings", *words])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("number", "words"),
     [(3, ["experts.3.up_proj.weight"]), (8, ["experts.8.up_proj.weight"])],
     ids=["missing", "unknown"],

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge_core.codecs import Codec
-from bridge_core.errors import CoverageError, LayoutError, preview
+from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
@@ -47,6 +47,19 @@ _PIPELINE_OPTIONS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+# Settings that change what weights mean and that no shape need show (8 heads of 8 or 4 of 16), and what mcore takes
+# where nothing is said. What holds no weights may differ: a rotary base, a router's top k, training options.
+_MEANING: Mapping[str, Any] = {
+    **dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels")),
+    **dict.fromkeys(("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")),
+    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")),
+    "layernorm_zero_centered_gamma": False,
+    "rotary_interleaved": False,
+    "gated_linear_unit": False,
+    "attention_output_gate": False,
+}
+_LATENT = ("num_query_groups", "kv_channels")  # say nothing of latent attention
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,7 @@ def open_live(
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
             on either side. Parameters that are no plain memory (on the meta device, quantised or distributed
             tensors, with gaps) cannot be copied into, and are refused.
+        ConfigError: the model was built with settings under which the same shapes mean other weights.
         LayoutError: the groups do not form the grids of a layout.
     """
     chunks = unwrap(model)
@@ -133,6 +147,7 @@ def open_live(
 
     plan = remembered(known, (layout, padded), fields, make)
     live = matched(plan, rank, named, excepted)
+    _check_meaning(chunks[0].config, fields, rank)
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=partial(gather_late, model))
 
@@ -270,6 +285,22 @@ def _check(wanted: Mapping[tuple[int, str], Shard], tensors: Mapping[tuple[int, 
         )
     for key, shard in wanted.items():
         _check_memory(tensors[key], shard, f"rank {rank}: {shard.param}")
+
+
+def _check_meaning(config: Any, fields: Fields, rank: int) -> None:
+    """Raise unless a model's weights mean what the fields say, beyond what their shapes show."""
+    names = [name for name in _MEANING if not (fields.get("multi_latent_attention") and name in _LATENT)]
+    said = {name: fields.get(name, _MEANING[name]) for name in names}
+    built = {name: getattr(config, name, None) for name in names}
+    wrong = [name for name in names if None not in (said[name], built[name]) and said[name] != built[name]]
+    if wrong:
+        raise ConfigError(
+            "the live model was built with other settings than the configuration says",
+            where=f"rank {rank}: {preview(wrong)}",
+            expected=preview(f"{name}={said[name]!r}" for name in wrong),
+            got=preview(f"{name}={built[name]!r}" for name in wrong),
+            fix="leave these settings of the provider as they are, or make the bridge from this model's config.json",
+        )
 
 
 def _check_memory(tensor: Tensor, shard: Shard, where: str) -> None:
