@@ -15,6 +15,12 @@ CASES = [
     ("llama", {"tp": 2}, {"pp": 2}),
     ("llama-tied", {"pp": 2}, {"tp": 2, "pp": 2}),
     ("qwen3", {"pp": 2, "vpp": 2}, {"dp": 2}),
+    ("llama", {"pp": 2, "pipeline_model_parallel_layout": "Ettt|tL"}, {"tp": 2}),
+    (
+        "qwen3",
+        {"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "Et|t|t|tL"},
+        {"pp": 2, "pipeline_model_parallel_layout": "E|ttttL"},
+    ),
     ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}, {"pp": 2, "ep": 2, "dp": 2}),
 ]
 

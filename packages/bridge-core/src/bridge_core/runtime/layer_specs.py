@@ -73,15 +73,16 @@ def mtp_spec(spec: Spec, config: TransformerConfig, block: Any, *, pp_rank: int,
 
 
 @contextmanager
-def placed_by(config: TransformerConfig, groups: ProcessGroupCollection, vpp: int) -> Iterator[None]:
-    """Answer by `groups` what mcore asks its global state of the pipeline, while a chunk is built.
+def placed_by(config: TransformerConfig | None, groups: ProcessGroupCollection, vpp: int) -> Iterator[None]:
+    """Answer by `groups` what mcore asks its global state of the pipeline, while a chunk is built or described.
 
     Where a model has prediction layers or a layout string, mcore asks for this stage and the number of virtual ones in
     spite of the groups that it was given (0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`,
-    and transformer/pipeline_parallel_layer_layout.py, `get_num_layers_to_build`). For these models three functions of
-    `parallel_state` are exchanged in the meantime; its state is neither read nor changed. For others, nothing is done.
+    and transformer/pipeline_parallel_layer_layout.py, `get_num_layers_to_build` and `get_layer_offset`). For these
+    models three functions of `parallel_state` are exchanged in the meantime; its state is neither read nor changed.
+    For others, nothing is done.
     """
-    if not config.mtp_num_layers and config.pipeline_model_parallel_layout is None:
+    if not getattr(config, "mtp_num_layers", None) and getattr(config, "pipeline_model_parallel_layout", None) is None:
         yield
         return
     from megatron.core import parallel_state

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.errors import CheckpointError
 from bridge_core.runtime.homes import unwrap
+from bridge_core.runtime.layer_specs import placed_by
 from bridge_core.runtime.workers import LostWorkerError
 
 if TYPE_CHECKING:
@@ -32,12 +33,15 @@ def sharded_state(model: Any, groups: ProcessGroupCollection | None = None) -> d
     """
     chunks = named_chunks(model)
     used = groups or next(iter(chunks.values())).pg_collection
-    return {name: sharded_chunk(chunk, used) for name, chunk in chunks.items()}
+    return {name: sharded_chunk(chunk, used, vpp=len(chunks)) for name, chunk in chunks.items()}
 
 
-def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "") -> dict[str, Any]:
-    """mcore's sharded state of one chunk, names and keys below `prefix`. Reads no global `parallel_state`."""
-    with _tied_by(chunk, groups), _duplicated_in(chunk, groups):
+def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "", *, vpp: int = 1) -> dict[str, Any]:
+    """mcore's sharded state of one chunk, of `vpp` on this rank, names and keys below `prefix`.
+
+    Reads no global `parallel_state`: of layers that a layout string places, mcore asks it for their numbers.
+    """
+    with placed_by(getattr(chunk, "config", None), groups, vpp), _tied_by(chunk, groups), _duplicated_in(chunk, groups):
         return chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": groups.dp_cp})
 
 
