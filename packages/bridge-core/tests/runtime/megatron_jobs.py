@@ -62,6 +62,24 @@ def load(path: str, layout: dict[str, Any], folder: str, *, ignore: tuple[str, .
     return report
 
 
+def save_unequally(path: str, iterations: list[Any], out: str) -> str:
+    """Save with a number of the iteration for each rank; what this rank is told."""
+    import torch.distributed as dist
+
+    from bridge_core import AutoBridge, BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        chunks = _build(bridge, {"tp": 2})
+        bridge.load_hf_weights(chunks)
+        try:
+            bridge.save_megatron_model(chunks, out, iteration=iterations[dist.get_rank()])
+        except BridgeError as error:
+            return str(error)
+    return "no error"
+
+
 def load_refused(path: str, changes: dict[str, Any], layout: dict[str, Any], folder: str) -> str:
     """Load a checkpoint into a model of other fields; the error's text. Nothing may have been copied."""
     from bridge_core import AutoBridge, BridgeError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime.megatron_jobs import load, load_refused, save
+from runtime.megatron_jobs import load, load_refused, save, save_unequally
 
 from bridge_core import AutoBridge, ParallelLayout
 
@@ -58,6 +58,23 @@ def test_the_run_config_is_enough_to_export(device_ranks, folders, tmp_path):
         assert "has another shape than the configuration says" in text, text
         assert "where:    decoder.layers.self_attention.linear_qkv.layer_norm_weight" in text, text
         assert "expected: (5, 64)\n  got:      (4, 64)" in text, text
+
+
+@pytest.mark.parametrize(
+    ("iterations", "words"),
+    [
+        ([8, 9], ["different iterations", "rank 0 and ranks 1 differ"]),
+        ([-1, -1], ["the number of an iteration", "at least 0", "-1"]),
+        (["7", "7"], ["the number of an iteration", "'7'"]),
+    ],
+    ids=["different", "negative", "text"],
+)
+def test_an_iteration_is_one_number_on_all_ranks(device_ranks, folders, tmp_path, iterations, words):
+    """Else every rank would write a folder of its own, and the first one's would look finished."""
+    results = device_ranks.run(save_unequally, str(folders("llama")), iterations, str(tmp_path / "run"), ranks=[0, 1])
+    for text in results:
+        assert all(word in text for word in words), text
+    assert not list(tmp_path.iterdir())
 
 
 def test_linears_that_all_ranks_hold_whole_are_told_which_rank_they_are_on():

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,8 +21,9 @@ from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, expor
 from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.dtypes import dtype_of
-from bridge_core.errors import LayoutError
+from bridge_core.errors import ConfigError, LayoutError
 from bridge_core.families import Family, Fields
+from bridge_core.runtime.agreement import check_same
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.megatron_state import (
@@ -132,15 +134,24 @@ def save_live(
         state: its sharded state, under the names that the checkpoint is to have.
         text: of the model and the dtype of most of its parameters, the content of run_config.yaml.
     """
-    workers = TorchWorkers(group or default_group())
+    group = group or default_group()
+    workers = TorchWorkers(group)
     run = Path(path)
-    output = run / f"iter_{iteration:07d}"
 
-    def check() -> LiveModel:
+    def check() -> tuple[LiveModel, Path]:
+        _check_iteration(iteration)
+        output = run / f"iter_{iteration:07d}"
         check_free(output, overwrite=overwrite)
-        return opened()
+        return opened(), output
 
-    live = _checked(workers, check)
+    live, output = _checked(workers, check)
+    check_same(
+        str(iteration).encode(),
+        group,
+        what="ranks are about to save different iterations",
+        where="save_megatron_model: iteration",
+        fix="pass the same iteration on every rank",
+    )
     live.renew()
     dtype = _main_dtype(live)
     nbytes = sum(prod(shape) for shape in live.plan.megatron_tensors.values()) * dtype_of(dtype).itemsize
@@ -278,6 +289,18 @@ def _check_world(workers: TorchWorkers) -> None:
             expected=f"all {dist.get_world_size()} ranks",
             got=f"{workers.size} ranks",
             fix="use save_hf_pretrained for a model on some of the ranks",
+        )
+
+
+def _check_iteration(iteration: int) -> None:
+    """Raise unless it can be a part of the name of Megatron's folder."""
+    if not isinstance(iteration, Integral) or iteration < 0:
+        raise ConfigError(
+            "the number of an iteration is no whole number",
+            where="iteration",
+            expected="a whole number of at least 0",
+            got=repr(iteration),
+            fix="pass the number of training steps",
         )
 
 
