@@ -8,6 +8,7 @@ from runtime.trainer_jobs import (
     late_parameters,
     odd_memory,
     plans_of_exports,
+    replaced_otherwise,
     replaced_tensors,
     unequal_streams,
     words_beside_nccl,
@@ -26,6 +27,15 @@ def test_a_kept_stream_sends_what_the_model_has_now(rank_pool, folders):
     (found,) = rank_pool.run(replaced_tensors, str(folders("deepseek_v3")), ranks=[0])
     assert found["new bias"] == [pytest.approx(value + 1) for value in found["bias"]]
     assert found["new norm"] == [value * 2 for value in found["norm"]]
+
+
+def test_a_kept_stream_refuses_what_no_longer_fits(rank_pool, folders):
+    (told,) = rank_pool.run(replaced_otherwise, str(folders("qwen3")), ranks=[0])
+    words = {"longer": "another shape", "turned": "another shape", "gaps": "no plain memory", "wider": "another dtype"}
+    for kind, word in words.items():
+        assert word in told[kind], told[kind]
+        assert "rank 0: decoder.layers.1.mlp.linear_fc2.weight" in told[kind], told[kind]
+    assert "expected: F32\n  got:      F64" in told["wider"], told["wider"]
 
 
 @pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2, "dp": 2}])

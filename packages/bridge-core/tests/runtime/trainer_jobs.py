@@ -36,6 +36,35 @@ def replaced_tensors(path: str) -> dict[str, list[float]]:
     return {"bias": before[bias], "new bias": after[bias], "norm": before[norm], "new norm": after[norm]}
 
 
+def replaced_otherwise(path: str) -> dict[str, str]:
+    """What passes of a kept stream say to a parameter that was exchanged for one that the stream cannot send."""
+    import torch
+
+    from bridge_core import BridgeError
+    from bridge_core.runtime.host import host_backend
+
+    told = {}
+    with host_backend():
+        bridge, _, (chunk,) = _loaded(path, {})
+        stream, linear = bridge.stream(chunk), chunk.decoder.layers[1].mlp.linear_fc2
+        values = linear.weight.detach()
+        for kind, odd in {
+            "longer": torch.cat([values, values]),
+            "turned": values.t().contiguous(),
+            "gaps": values.t().contiguous().t(),
+            "wider": values.double(),
+        }.items():
+            linear.weight = torch.nn.Parameter(odd)
+            try:
+                dict(stream)
+                told[kind] = "no error"
+            except BridgeError as error:
+                told[kind] = str(error)
+        linear.weight = torch.nn.Parameter(values.double())
+        assert {tensor.dtype for _, tensor in bridge.stream(chunk, dtype="F32")} == {torch.float32}
+    return told
+
+
 def late_parameters(path: str, layout: dict[str, Any], out: str) -> None:
     """Save, stream and checkpoint a model of which every rank has its own part only, as after an optimizer's step."""
     from megatron.core.distributed import DistributedDataParallelConfig

@@ -177,11 +177,24 @@ class Stream:
         data = torch.zeros(size, dtype=torch.uint8, device=self._device)
         for meta, target in _tensors(bucket, data):
             for shard, piece in self._owned.get(meta.name, ()):
-                source = window(flat(self.live.tensor(shard)), piece.shape, piece.source)
+                source = window(flat(self._parameter(shard, meta)), piece.shape, piece.source)
                 if shift := self.live.plan.entry(shard.entry).shift:
                     source = source.float() - shift
                 window(target, piece.shape, piece.target).copy_(cast(source, dtype_name(target), where=meta.name))
         return data
+
+    def _parameter(self, shard: Shard, meta: TensorMeta) -> Tensor:
+        """The parameter of a shard, which has the dtype that was announced unless another one was asked for."""
+        found = self.live.tensor(shard)
+        if self.dtype is None and dtype_name(found) != meta.dtype:
+            raise CoverageError(
+                "a parameter has another dtype than when the stream was made",
+                where=f"rank {self.live.rank}: {shard.param}",
+                expected=meta.dtype,
+                got=dtype_name(found),
+                fix="make a new stream, or pass dtype=... to cast to one",
+            )
+        return found
 
     def _agree(self, failure: Exception | None) -> None:
         """All ranks learn whether one of them failed, and if so why. Collective.
