@@ -53,13 +53,13 @@ _SHORT = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "half": "F16", "float": 
 
 
 @cache
-def dtype_of(name: str, *, where: object = None) -> DType:
-    """The element type with a given name, in any of the usual spellings (`BF16`, `bfloat16`, `torch.bfloat16`).
+def dtype_of(name: object, *, where: object = None) -> DType:
+    """The element type with a given name, in any of the usual spellings (`BF16`, `bfloat16`), or torch's own.
 
     Raises:
         CheckpointError: there is none; `where` says what the name was found in.
     """
-    plain = name.removeprefix("torch.")
+    plain = str(name).removeprefix("torch.")
     found = _BY_NAME.get(plain) or _BY_TORCH.get(plain) or _BY_NAME.get(_SHORT.get(plain.lower(), plain.upper()))
     if found is None:
         raise CheckpointError(

@@ -111,14 +111,16 @@ def save_with_own_size(path: str, layout: dict[str, Any], out: str, sizes: tuple
 
 
 def stream_in(path: str, layout: dict[str, Any], dtype: str):
-    """Both ways to stream in a dtype: metadata and tensors."""
+    """Both ways to stream in a dtype, by its name and as torch has it: metadata and tensors."""
+    import torch
+
     from bridge_core.runtime.host import host_backend
 
     with host_backend():
         bridge, _, chunks = _load(path, layout)
         stream = bridge.stream(chunks, dtype=dtype, bucket_bytes=60_000)
         streamed = {name: tensor.clone() for name, tensor in stream}
-        exported = dict(bridge.export_hf_weights(chunks, dtype=dtype, cpu=True))
+        exported = dict(bridge.export_hf_weights(chunks, dtype=getattr(torch, dtype), cpu=True))
     return stream.metadata(), streamed, exported
 
 

@@ -31,7 +31,7 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 NARROW = ("F16", "BF16")
 
 
-def check_wanted(dtype: str | None) -> None:
+def check_wanted(dtype: object) -> None:
     """Raise unless weights can be converted to a dtype without a scale: to a floating-point one of 16 bits or more."""
     if dtype is not None and dtype_of(dtype).name not in FLOATING:
         raise ConfigError(

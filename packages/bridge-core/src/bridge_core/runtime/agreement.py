@@ -74,7 +74,7 @@ def check_whole(live: LiveModel, group: Any) -> None:
         )
 
 
-def agreed_dtypes(live: LiveModel, wanted: str | None, group: Any) -> dict[str, str]:
+def agreed_dtypes(live: LiveModel, wanted: str | torch.dtype | None, group: Any) -> dict[str, str]:
     """The dtype of every HF tensor made from a live model, by name. Collective over `group`.
 
     Tensors whose dtype is not the model's (`Entry.dtype`) keep the one their parameter has; all others get

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.convert import codec_options
 from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
@@ -31,6 +31,9 @@ from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.shared_files import GroupOf, SharedFiles, tensor_groups
 from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ def save_hf_pretrained(
     config: dict[str, Any] | None = None,
     ignore: Sequence[str] = (),
     source: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     fp8: bool = False,
     max_shard_size: int = 2_000_000_000,
     overwrite: bool = False,
@@ -132,7 +135,7 @@ def save_live(
     config: dict[str, Any],
     *,
     source: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     fp8: bool = False,
     max_shard_size: int = 2_000_000_000,
     overwrite: bool = False,

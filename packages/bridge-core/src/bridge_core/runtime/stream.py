@@ -32,6 +32,7 @@ from bridge_core.runtime.workers import TorchWorkers, noticing_loss
 if TYPE_CHECKING:
     from types import TracebackType
 
+    import torch
     from torch import Tensor
 
 _ALIGN = 16  # bytes; every tensor in a bucket starts at a multiple, so that it can be viewed in its dtype
@@ -56,7 +57,7 @@ class Stream:
 
     live: LiveModel
     group: Any = None
-    dtype: str | None = None
+    dtype: str | torch.dtype | None = None
     bucket_bytes: int = 512 * 1024 * 1024
     names: Collection[str] = ("*",)
     collectives: int = field(default=0, init=False)
