@@ -102,11 +102,11 @@ def save(path: str, layout: dict[str, Any], out: str, *, by_config: bool = False
     return notes
 
 
-def save_with_own_size(path: str, layout: dict[str, Any], out: str, sizes: tuple[int, ...]) -> str:
-    """Save without a source, each rank with another `max_shard_size`; the error's text."""
+def save_with_own_option(path: str, layout: dict[str, Any], out: str, option: str, values: tuple, **others: Any) -> str:
+    """Save without a source, each rank with its own value of an option; the error's text."""
     import torch.distributed as dist
 
-    told = save(path, layout, out, by_config=True, max_shard_size=sizes[dist.get_rank()])
+    told = save(path, layout, out, by_config=True, **{option: values[dist.get_rank()]}, **others)
     return told if isinstance(told, str) else "no error"
 
 

@@ -16,7 +16,7 @@ from runtime.option_value_jobs import (
     on_a_group_of_gpus,
     pipeline_before_tensor_parallel,
     save,
-    save_with_own_size,
+    save_with_own_option,
     stream_in,
 )
 
@@ -192,14 +192,19 @@ def test_files_in_another_dtype_have_torchs_values(device_ranks, sources, tmp_pa
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype
 
 
-def test_ranks_of_other_file_sizes_are_refused(device_ranks, sources, tmp_path):
-    out = tmp_path / "out"
-    sizes = (50_000, 50_000, 60_000, 50_000)
-    told = device_ranks.run(
-        save_with_own_size, sources("qwen3").path, {"tp": 2, "pp": 2}, str(out), sizes, ranks=range(4), timeout_s=60
-    )
-    for text in told:
-        assert all(word in text for word in ["lay out the files differently", "rank 0 and ranks 2 differ"]), text
+@pytest.mark.parametrize(
+    ("option", "values", "others"),
+    [
+        ("max_shard_size", (50_000, 50_000, 60_000, 50_000), {}),
+        ("one_writer_per_file", (True, True, False, True), {}),
+        ("bucket_bytes", (50_000, 50_000, 60_000, 50_000), {"one_writer_per_file": True}),
+    ],
+)
+def test_ranks_of_other_options_are_refused(device_ranks, sources, tmp_path, option, values, others):
+    job = (save_with_own_option, sources("qwen3").path, {"tp": 2, "pp": 2}, str(tmp_path / "out"), option, values)
+    for text in device_ranks.run(*job, **others, ranks=range(4), timeout_s=60):
+        words = ["lay out the files differently", "rank 0 and ranks 2 differ", "same options everywhere"]
+        assert all(word in text for word in words), text
     assert not list(tmp_path.iterdir())
 
 

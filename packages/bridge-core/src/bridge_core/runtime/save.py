@@ -178,7 +178,9 @@ def save_live(
     others = jointly(workers, lambda: carried(live))
 
     layout = jointly(workers, lambda: _lay_out(live, like, dtypes, max_shard_size, others))
-    _check_agreed(layout, live.plan.padded_vocab if one_writer_per_file else None, group)
+    _check_agreed(layout, (one_writer_per_file, bucket_bytes) if one_writer_per_file else (), group)
+    if one_writer_per_file:
+        _check_padding(live.plan.padded_vocab, group)
 
     def make_writer() -> SharedFiles | WholeFiles:
         if one_writer_per_file:
@@ -237,14 +239,19 @@ def _copies(layout: HfLayout, like: HfFolder | None, carried: Collection[str]) -
     return sorted(jobs, key=lambda job: job.target)
 
 
-def _check_agreed(layout: HfLayout, padded_vocab: int | None, group: Any) -> None:
-    """Raise on all ranks unless they are about to write the same files. Collective.
+def _check_agreed(layout: HfLayout, way: tuple[object, ...], group: Any) -> None:
+    """Raise on all ranks unless they are about to write the same files, in the same way. Collective."""
+    check_same(
+        b"".join(file.name.encode() + file.header for file in layout.files) + repr(way).encode(),
+        group,
+        what="ranks lay out the files differently, or write them in different ways",
+        where="save_hf_pretrained",
+        fix="call it with the same options everywhere, and check that all ranks see the HF folder of the bridge",
+    )
 
-    Args:
-        layout: the files.
-        padded_vocab: rows of the whole embedding, if ranks have to know how it is cut on others.
-        group: all ranks.
-    """
+
+def _check_padding(padded_vocab: int | None, group: Any) -> None:
+    """Raise on all ranks unless they know alike how the embedding is cut on others. Collective."""
     rows = TorchWorkers(group).share(padded_vocab)
     if len(set(rows)) > 1:
         raise OutputError(
@@ -254,13 +261,6 @@ def _check_agreed(layout: HfLayout, padded_vocab: int | None, group: Any) -> Non
             got=", ".join(f"rank {rank}: {count}" for rank, count in enumerate(rows)),
             fix="let `vocab_size` of every pipeline stage's model say the rows that the embedding was built with",
         )
-    check_same(
-        b"".join(file.name.encode() + file.header for file in layout.files),
-        group,
-        what="ranks lay out the files differently",
-        where="save_hf_pretrained",
-        fix="check that all ranks see the HF folder of the bridge",
-    )
 
 
 def _write(
