@@ -236,11 +236,14 @@ class AutoBridge:
             BridgeError: on every rank: the model does not fit the bridge, or ranks ask for different things.
         """
         from bridge_core.checkpoint.workers import jointly
+        from bridge_core.runtime.agreement import check_size
         from bridge_core.runtime.stream import Stream
         from bridge_core.runtime.words import default_group
         from bridge_core.runtime.workers import TorchWorkers
 
-        workers = TorchWorkers(options.get("group") or default_group())
+        group = options.get("group") or default_group()
+        check_size(model, groups, group)
+        workers = TorchWorkers(group)
         return Stream(jointly(workers, lambda: self._live(model, groups, fp8=fp8)), **options)
 
     def export_hf_weights(self, model: Any, *, cpu: bool = False, **options: Any) -> Pass:

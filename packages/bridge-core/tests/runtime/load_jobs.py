@@ -192,3 +192,37 @@ def padded_rows(path: str, layout: dict[str, Any], one_reader: bool):
             parameter.data.fill_(1)
         bridge.load_hf_weights(chunk, **options)
     return chunk.embedding.word_embeddings.weight.detach(), chunk.output_layer.weight.detach()
+
+
+def in_different_ways(path: str, layout: dict[str, Any], options: list[dict[str, Any]]) -> tuple[str, bool]:
+    """Load with options of each rank's own; what it is told, and whether nothing was copied.
+
+    An option of `node_group` stands for one of all ranks.
+    """
+    import torch.distributed as dist
+    from runtime.helpers import errors_of
+
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    own = options[dist.get_rank()]
+    if "node_group" in own:
+        own = own | {"node_group": dist.group.WORLD}
+    with host_backend():
+        _, chunks = _build(bridge, layout)
+        (text,) = errors_of(lambda: bridge.load_hf_weights(chunks, **own))
+    return text, all(p.isnan().all() for chunk in chunks for p in chunk.parameters())
+
+
+def no_model(path: str) -> list[str]:
+    """What every verb says of things that are no model."""
+    import torch
+    from runtime.helpers import errors_of
+
+    from bridge_core import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    things = (None, [], "model", torch.nn.Linear(2, 2))
+    verbs = (bridge.load_hf_weights, bridge.stream, lambda model: bridge.save_hf_pretrained(model, f"{path}/out"))
+    return errors_of(*(lambda verb=verb, thing=thing: verb(thing) for verb in verbs for thing in things))

@@ -101,17 +101,43 @@ def hook_fails(path: str, layout: dict[str, Any], failing: int) -> list[str] | N
         return errors_of(loop)
 
 
+def group_forgotten(path: str, layout: dict[str, Any], out: str) -> list[str] | None:
+    """What verbs say on `MEMBERS` without `group`, while the others have left; None there."""
+    from bridge_core import AutoBridge
+    from bridge_core.runtime.host import host_backend
+
+    bridge = AutoBridge.from_hf_pretrained(path)
+    with host_backend():
+        if (built := _build(bridge, layout)) is None:
+            return None
+        pg, _, chunks = built
+        return errors_of(
+            lambda: bridge.stream(chunks),  # the groups that the model was built with
+            lambda: list(bridge.export_hf_weights(chunks, groups=pg)),
+            lambda: bridge.save_hf_pretrained(chunks, out, groups=pg),
+            lambda: bridge.save_megatron_model(chunks, out, groups=pg),
+        )
+
+
 def two_copies(path: str, layout: dict[str, Any], out: str) -> list[str]:
-    """What streams and saves of two copies of a model, each on two of four ranks, say over the group of all four."""
+    """What streams and saves of two copies of a model, each on two of four ranks, say over groups of other ranks.
+
+    Over that of all four, and over one that has as many ranks as the model, but the same one of both copies.
+    """
+    import torch.distributed as dist
+
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
 
     bridge = AutoBridge.from_hf_pretrained(path)
     with host_backend():
         copies = [_build(bridge, layout, members) for members in ([0, 1], [2, 3])]
+        alike = [dist.new_group(members) for members in ([0, 2], [1, 3])][dist.get_rank() % 2]
         (pg, _, chunks) = next(built for built in copies if built is not None)
         return errors_of(
             lambda: bridge.stream(chunks, groups=pg),
             lambda: bridge.save_hf_pretrained(chunks, out, groups=pg),
             lambda: bridge.save_hf_pretrained(chunks, out, groups=pg, one_writer_per_file=True),
+            lambda: bridge.stream(chunks, groups=pg, group=alike),
+            lambda: bridge.save_hf_pretrained(chunks, out, groups=pg, group=alike),
         )

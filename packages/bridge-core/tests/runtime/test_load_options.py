@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from runtime.load_jobs import changed_head, one_reader, witnessed
+from runtime.load_jobs import changed_head, in_different_ways, no_model, one_reader, witnessed
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -50,6 +51,49 @@ def test_a_changed_head_is_left_alone_and_reported(device_ranks, folders, name, 
     assert all("output_layer" in text for text in refused)
     refused = device_ranks.run(changed_head, folder, layout, (*HEAD, "value_head.weight"), ranks=[0, 1])
     assert all("value_head.weight" in text for text in refused)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"one_reader_per_node": True, "node_group": "all"},
+        {"allowed_mismatched": ["output_layer.weight"]},
+    ],
+    ids=["one-reader", "changed-head"],
+)
+def test_ranks_that_would_load_in_different_ways_are_told(device_ranks, folders, other):
+    told = device_ranks.run(
+        in_different_ways, str(folders("qwen3")), {"tp": 2}, [{}, other], ranks=[0, 1], timeout_s=60
+    )
+    for text, untouched in told:
+        assert "about to load in different ways" in text
+        assert "rank 0 and ranks 1 differ" in text
+        assert untouched
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32], ids=str)
+def test_weights_that_are_integers_are_refused(device_ranks, folders, tmp_path, dtype):
+    """As codes would be whose scales nobody mentions: config.json says nothing of them."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "codes"
+    shutil.copytree(folders("qwen3"), folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    (file,) = [file for file in folder.glob("*.safetensors") if name in load_file(file)]
+    save_file({n: t.to(dtype) if n == name else t for n, t in load_file(file).items()}, file, {"format": "pt"})
+    for text, untouched in device_ranks.run(in_different_ways, str(folder), {"tp": 2}, [{}, {}], ranks=[0, 1]):
+        assert "weights are stored as codes" in text
+        assert name in text
+        assert f"got:      {'I8' if dtype is torch.int8 else 'I32'}" in text
+        assert untouched
+
+
+def test_what_is_no_model_is_refused_in_words(device_ranks, folders):
+    (told,) = device_ranks.run(no_model, str(folders("qwen3")), ranks=[0])
+    assert all("this is no model of megatron-core" in text for text in told)
+    assert [text.partition("got:")[2].split("\n")[0].strip() for text in told] == 3 * [
+        "NoneType", "an empty list", "str, str, str, str", "Linear",
+    ]  # fmt: skip
 
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_attention_heads": 4}

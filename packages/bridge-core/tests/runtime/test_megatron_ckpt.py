@@ -58,6 +58,10 @@ def test_the_run_config_is_enough_to_export(device_ranks, folders, tmp_path):
         assert "has another shape than the configuration says" in text, text
         assert "where:    decoder.layers.self_attention.linear_qkv.layer_norm_weight" in text, text
         assert "expected: (5, 64)\n  got:      (4, 64)" in text, text
+    heads = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16}  # of as many rows
+    for text in device_ranks.run(load_refused, str(folder), heads, {"tp": 2}, str(run), ranks=[0, 1]):
+        assert "the checkpoint is of a model with other settings" in text, text
+        assert "run_config.yaml: num_attention_heads, num_query_groups, kv_channels" in text, text
 
 
 @pytest.mark.parametrize(

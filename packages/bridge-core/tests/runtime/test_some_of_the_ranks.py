@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime.subset_jobs import MEMBERS, hook_fails, refused_by_megatron, round_trip, two_copies
+from runtime.subset_jobs import MEMBERS, group_forgotten, hook_fails, refused_by_megatron, round_trip, two_copies
 
 torch = pytest.importorskip("torch", reason="real ranks need torch")
 pytest.importorskip("megatron.core", reason="real models need megatron-core")
@@ -66,13 +66,27 @@ def test_megatron_checkpoints_are_refused(device_ranks, folders, tmp_path):
     assert not run.exists()
 
 
+def test_who_forgets_the_group_does_not_wait_for_the_others(device_ranks, folders, tmp_path):
+    """They never come; the model's own groups say that the default group is another."""
+    out = tmp_path / "out"
+    told = device_ranks.run(group_forgotten, str(folders("qwen3")), {"tp": 2}, str(out), ranks=range(4), timeout_s=60)
+    for rank in MEMBERS:
+        assert len(told[rank]) == 4
+        for text in told[rank]:
+            assert "the ranks of the group are not those of the model" in text
+            assert "expected: 2 ranks" in text
+            assert "got:      4 ranks" in text
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"dp": 2}])
 def test_a_group_of_two_copies_of_a_model_is_refused(device_ranks, folders, tmp_path, layout):
     """A sum over both would be twice every weight."""
     out = tmp_path / "out"
-    for told in device_ranks.run(two_copies, str(folders("qwen3")), layout, str(out), ranks=range(4), timeout_s=60):
-        assert len(told) == 3
-        for text in told:
-            assert "the ranks of the group are not those of the model" in text
-            assert "0: rank 0 of 2; 1: rank 1 of 2; 2: rank 0 of 2; 3: rank 1 of 2" in text
+    results = device_ranks.run(two_copies, str(folders("qwen3")), layout, str(out), ranks=range(4), timeout_s=60)
+    for rank, told in enumerate(results):
+        assert len(told) == 5
+        assert all("the ranks of the group are not those of the model" in text for text in told)
+        assert all("got:      4 ranks" in text for text in told[:3])
+        assert all(f"0: rank {rank % 2} of 2; 1: rank {rank % 2} of 2" in text for text in told[3:])
     assert not out.exists()

@@ -182,7 +182,7 @@ def open_hf(path: str | Path, *, quantized: bool = False) -> HfFolder:
     return HfFolder(folder, config, presented, tensors, codec, beside, files, metadata, headers)
 
 
-_CODES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8"})
+_CODES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I16", "I32", "I64", "BOOL"})
 
 
 def _check_plain(tensors: Mapping[str, Stored]) -> None:

@@ -16,6 +16,7 @@ from bridge_core.checkpoint.megatron_files import has_common, read_common
 from bridge_core.checkpoint.run_config import RUN_CONFIG, SECTION, fields_of_args, fields_of_run_config, read_run_config
 from bridge_core.errors import ConfigError, preview
 from bridge_core.families import Family, Fields, family_for, family_named, recognise
+from bridge_core.families.meaning import check_meaning
 
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
@@ -98,6 +99,26 @@ def model_of(
     family = recognise(said.fields)
     _check_meaning(family, said.fields, said.where)
     return ModelConfig(said.fields, family, None)
+
+
+def check_said(checkpoint: DcpFolder, fields: Fields) -> None:
+    """Raise if a checkpoint says that its weights mean something else than those of a model, for all their shapes.
+
+    Args:
+        checkpoint: the folder of one iteration. One that says nothing of its model passes.
+        fields: Megatron fields of the model.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    if (said := _said_by(checkpoint, must=False)) is not None:
+        check_meaning(
+            fields,
+            said.fields,
+            what="the checkpoint is of a model with other settings",
+            where=said.where,
+            fix="load it into a model of its own settings (a bridge of its config.json)",
+        )
 
 
 def _from_section(said: _Said, hf_config: Mapping[str, Any] | None) -> ModelConfig:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.matching import check_wanted
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
+from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.runtime.words import words_device
@@ -52,6 +54,33 @@ def agreed_device(live: LiveModel, group: Any) -> torch.device:
         )
     elsewhere = default_device() if found == ["cuda"] else torch.device("cpu")
     return next((home.tensor.device for home in live.homes.values()), elsewhere)
+
+
+def check_size(model: Any, groups: Any, group: Any) -> None:
+    """Raise if a group cannot be the ranks of a model, by its size. Not collective.
+
+    Whoever forgot to pass `group` would wait in the default group for ranks that never come; so nobody is asked. A
+    model that is none passes, and is refused in a step of all ranks.
+
+    Args:
+        model: chunks of this rank.
+        groups: its process groups; None for those that it was built with.
+        group: said to be all ranks of the model.
+
+    Raises:
+        LayoutError: the model has another number of ranks.
+    """
+    chunk = next(iter(unwrap(model)), None)
+    groups = groups if groups is not None else getattr(chunk, "pg_collection", None)
+    sizes = [getattr(getattr(groups, axis, None), "size", lambda: 0)() for axis in ("tp", "cp", "dp", "pp")]
+    if (ranks := prod(sizes)) and ranks != group.size():
+        raise LayoutError(
+            "the ranks of the group are not those of the model",
+            where="group",
+            expected=f"{ranks} ranks, as the model's process groups say (tp, cp, dp, pp: {sizes})",
+            got=f"{group.size()} ranks",
+            fix="pass group=..., the ranks of this model and no others",
+        )
 
 
 def check_whole(live: LiveModel, group: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bridge_core.codecs import Codec
 from bridge_core.errors import ConfigError, CoverageError, LayoutError, preview
 from bridge_core.families import Family, Fields
+from bridge_core.families.meaning import check_meaning
 from bridge_core.geometry import Shape
 from bridge_core.plan import Plan, Shard
 from bridge_core.runtime.homes import Home, gather_late, stored, unwrap
@@ -47,19 +48,6 @@ _PIPELINE_OPTIONS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
-# Settings that change what weights mean and that no shape need show (8 heads of 8 or 4 of 16), and what mcore takes
-# where nothing is said. What holds no weights may differ: a rotary base, a router's top k, training options.
-_MEANING: Mapping[str, Any] = {
-    **dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels")),
-    **dict.fromkeys(("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")),
-    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")),
-    "layernorm_zero_centered_gamma": False,
-    "rotary_interleaved": False,
-    "gated_linear_unit": False,
-    "attention_output_gate": False,
-}
-_LATENT = ("num_query_groups", "kv_channels")  # say nothing of latent attention
 
 
 @dataclass(frozen=True)
@@ -137,11 +125,12 @@ def open_live(
         CoverageError: the model has other parameters, or of other shapes, than the plan; names the first
             on either side. Parameters that are no plain memory (on the meta device, quantised or distributed
             tensors, with gaps) cannot be copied into, and are refused.
-        ConfigError: the model was built with settings under which the same shapes mean other weights.
+        ConfigError: the model was built with settings under which the same shapes mean other weights; or it is no
+            model of megatron-core, or does not know its groups.
         LayoutError: the groups do not form the grids of a layout.
     """
     chunks = unwrap(model)
-    layout, rank = layout_of(chunks, chunks[0].pg_collection if groups is None else groups)
+    layout, rank = layout_of(chunks, _groups_of(chunks, groups))
     named = {(number, name): home for number, chunk in enumerate(chunks) for name, home in stored(chunk)}
     left = {key for key in named if matches(key[1], excepted)}
     named = {key: home for key, home in named.items() if key not in left}
@@ -153,9 +142,31 @@ def open_live(
 
     plan = remembered(known, (layout, padded), fields, make)
     live = matched(plan, rank, named, excepted)
-    _check_meaning(chunks[0].config, fields, rank)
+    check_settings(chunks[0].config, fields, f"rank {rank}")
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=partial(gather_late, model))
+
+
+def _groups_of(chunks: Sequence[Any], groups: ProcessGroupCollection | None) -> ProcessGroupCollection:
+    """The process groups given, or those that the model was built with."""
+    if not chunks or not all(hasattr(chunk, "decoder") for chunk in chunks):
+        raise ConfigError(
+            "this is no model of megatron-core",
+            where="model",
+            expected="a GPTModel or HybridModel, or the list of its chunks, wrapped or not",
+            got=", ".join(type(chunk).__name__ for chunk in chunks[:4]) or "an empty list",
+            fix="pass what provide_distributed_model gave",
+        )
+    found = groups if groups is not None else getattr(chunks[0], "pg_collection", None)
+    if found is None:
+        raise ConfigError(
+            "the model does not know its process groups",
+            where=type(chunks[0]).__name__,
+            expected="a model that was built with pg_collection, or `groups`",
+            got="neither",
+            fix="pass groups=..., the ProcessGroupCollection of the model",
+        )
+    return found
 
 
 def remembered(known: dict[Any, PlanT] | None, key: Hashable, fields: Fields, make: Callable[[], PlanT]) -> PlanT:
@@ -193,6 +204,26 @@ def matched(plan: Plan, rank: int, named: Mapping[tuple[int, str], Home], except
     live = LiveModel(plan, rank, shards, homes)
     _check(wanted, live.tensors, rank)
     return live
+
+
+def check_settings(config: Any, fields: Fields, where: str) -> None:
+    """Raise unless a model was built with settings under which its weights mean what the fields say.
+
+    Args:
+        config: the `TransformerConfig` that it was built with.
+        fields: Megatron fields of the HF model.
+        where: what the error says of the place.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    check_meaning(
+        fields,
+        vars(config),
+        what="the live model was built with other settings than the configuration says",
+        where=where,
+        fix="leave these settings of the provider as they are, or make the bridge from this model's config.json",
+    )
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
@@ -291,22 +322,6 @@ def _check(wanted: Mapping[tuple[int, str], Shard], tensors: Mapping[tuple[int, 
         )
     for key, shard in wanted.items():
         _check_memory(tensors[key], shard, rank)
-
-
-def _check_meaning(config: Any, fields: Fields, rank: int) -> None:
-    """Raise unless a model's weights mean what the fields say, beyond what their shapes show."""
-    names = [name for name in _MEANING if not (fields.get("multi_latent_attention") and name in _LATENT)]
-    said = {name: fields.get(name, _MEANING[name]) for name in names}
-    built = {name: getattr(config, name, None) for name in names}
-    wrong = [name for name in names if None not in (said[name], built[name]) and said[name] != built[name]]
-    if wrong:
-        raise ConfigError(
-            "the live model was built with other settings than the configuration says",
-            where=f"rank {rank}: {preview(wrong)}",
-            expected=preview(f"{name}={said[name]!r}" for name in wrong),
-            got=preview(f"{name}={built[name]!r}" for name in wrong),
-            fix="leave these settings of the provider as they are, or make the bridge from this model's config.json",
-        )
 
 
 def _check_memory(tensor: Tensor, shard: Shard, rank: int) -> None:

@@ -23,6 +23,7 @@ from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.patterns import fill as fill_name
 from bridge_core.plan import Shard
+from bridge_core.runtime.agreement import check_same
 from bridge_core.runtime.live import LiveModel, matches, open_live
 from bridge_core.runtime.node_load import Tally, fill_from_node
 from bridge_core.runtime.tensors import dtype_name, flat, host_memory, read_into
@@ -146,6 +147,13 @@ def load_live(
         return live, folder, live.plan.audit(_inventory(live, folder, allowed_mismatched)).ignored
 
     live, folder, ignored = jointly(workers, check)
+    check_same(
+        repr((sorted(allowed_mismatched), one_reader_per_node, bucket_bytes if one_reader_per_node else None)).encode(),
+        group,
+        what="ranks are about to load in different ways",
+        where="load_hf_weights: allowed_mismatched, one_reader_per_node, bucket_bytes",
+        fix="call it with the same options everywhere",
+    )
     left = _left(live, allowed_mismatched, workers) if allowed_mismatched else ()
     workers.together(lambda: check_copies(live.plan, folder, rank=workers.rank, size=workers.size))
 

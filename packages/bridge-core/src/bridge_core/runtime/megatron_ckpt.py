@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bridge_core.checkpoint.dcp import read_dcp
 from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import LATEST, MegatronFolder, export_plan, find_iteration
+from bridge_core.checkpoint.model_config import check_said
 from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG, write_run_config
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, LayoutError
 from bridge_core.families import Family, Fields
-from bridge_core.runtime.agreement import check_same
+from bridge_core.runtime.agreement import check_same, check_size
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
 from bridge_core.runtime.megatron_state import (
@@ -103,6 +104,8 @@ def save_megatron_model(
     def text(live: LiveModel, dtype: str) -> str:
         return write_run_config(fields, family, hf_config, dtype, ignore=ignore, forms=live.plan.forms)
 
+    group = group or default_group()
+    check_size(model, groups, group)
     report = save_live(
         lambda: open_live(model, family, fields, groups=groups, ignore=ignore),
         lambda: sharded_state(model, groups),
@@ -203,6 +206,7 @@ def load_megatron_model(
     def compare(live: LiveModel, folder: Path) -> None:
         checkpoint = MegatronFolder(folder, read_dcp(folder), fields, family, None)
         megatron_entries(export_plan(checkpoint, ignore=ignore), checkpoint)
+        check_said(checkpoint.dcp, fields)
 
     def take(loaded: dict[str, Any]) -> None:
         for name, chunk in named_chunks(model).items():

@@ -24,7 +24,7 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, OutputError, check_count, preview
 from bridge_core.families import Family, Fields
 from bridge_core.geometry import Piece, View, row_major
-from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same, check_whole
+from bridge_core.runtime.agreement import agreed_device, agreed_dtypes, check_same, check_size, check_whole
 from bridge_core.runtime.file_owners import Sent, WholeFiles
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
@@ -111,6 +111,8 @@ def save_hf_pretrained(
     def cut_over(live: LiveModel) -> GroupOf:
         return tensor_groups(live, groups or unwrap(model)[0].pg_collection)
 
+    group = group or default_group()
+    check_size(model, groups, group)
     return save_live(
         opened,
         cut_over,

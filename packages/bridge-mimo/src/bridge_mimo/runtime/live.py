@@ -11,7 +11,7 @@ from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.geometry import Shape
 from bridge_core.plan import Shard
 from bridge_core.runtime.homes import gather_late, stored, unwrap
-from bridge_core.runtime.live import LiveModel, matched, matches, padded_vocab, remembered
+from bridge_core.runtime.live import LiveModel, check_settings, matched, matches, padded_vocab, remembered
 from bridge_core.runtime.shared_files import GroupOf
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE
@@ -55,6 +55,7 @@ def open_mimo(
 
     Raises:
         CoverageError: a component has other parameters, or of other shapes, than the plan; or is not there at all.
+        ConfigError: a component was built with settings under which the same shapes mean other weights.
         LayoutError: the groups do not divide the model.
     """
     import torch.distributed as dist
@@ -70,8 +71,19 @@ def open_mimo(
 
     plan = remembered(known, (*groups.layouts.items(), groups.colocated, padded), components.fields, make)
     live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
+    for name, (_, module) in parts.items():
+        for config in _configs(module):
+            check_settings(config, plan.components[name].plan.fields, f"component {name}")
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=lambda: gather_late([_wrapped(model, name) for name in groups.mine]))
+
+
+def _configs(module: Module) -> list[Any]:
+    """megatron-core's configurations that a component was built with: its own, or those of the encoders in it."""
+    from megatron.core.transformer import TransformerConfig
+
+    inside = [module, *getattr(module, "encoders", {}).values()]
+    return [found.config for found in inside if isinstance(getattr(found, "config", None), TransformerConfig)]
 
 
 def _padded_vocab(model: Any, parts: Mapping[str, tuple[str, Module]], groups: MimoGroups, tokens: int) -> int | None:

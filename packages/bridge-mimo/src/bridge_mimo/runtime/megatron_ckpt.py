@@ -18,6 +18,7 @@ from bridge_core.checkpoint.hf_folder import HfFolder, open_hf
 from bridge_core.checkpoint.keys import Place, places, written_forms
 from bridge_core.checkpoint.matching import megatron_entries
 from bridge_core.checkpoint.megatron_folder import MegatronFolder, export_plan
+from bridge_core.checkpoint.model_config import check_said
 from bridge_core.checkpoint.reading import Reader
 from bridge_core.checkpoint.run_config import write_run_config
 from bridge_core.checkpoint.safetensors import Stored
@@ -130,6 +131,7 @@ def load_megatron_model(
         kept = {key: tensor for key, tensor in dcp.tensors.items() if not key.startswith(_PREDICTION)}
         checkpoint = MegatronFolder(folder, replace(dcp, tensors=kept), components.fields, components.mapped, None)
         megatron_entries(export_plan(checkpoint, ignore=ignore), checkpoint)
+        check_said(dcp, components.fields)
 
     def take(loaded: dict[str, Any]) -> None:
         state = loaded["model"]

@@ -18,7 +18,7 @@ from bridge_core.checkpoint.output import check_apart, check_free, real_path, wr
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, OutputError, preview
-from bridge_core.runtime.agreement import agreed_dtypes, check_whole
+from bridge_core.runtime.agreement import agreed_dtypes, check_size, check_whole
 from bridge_core.runtime.file_owners import Sent
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel, open_live
@@ -110,6 +110,7 @@ def export_quantized(
     output = real_path(Path(path))
     chunks = unwrap(model)
     groups = groups or chunks[0].pg_collection
+    check_size(model, groups, group)
 
     def look() -> tuple[LiveModel, Held, HfFolder | None]:
         if format not in WRITERS:
