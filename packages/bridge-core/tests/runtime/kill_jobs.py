@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,14 +22,12 @@ def die_in(path: str, layout: dict[str, Any], verb: str, place: str | float, vic
         verb: one of `VERBS`.
         place: "bytes", while weights move; or which of the words that are exchanged in the verb, as a fraction of them.
     """
-    import torch.distributed as dist
-
-    from bridge_core import AutoBridge, BridgeError
+    from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
     from bridge_core.runtime.workers import TorchWorkers
     from bridge_core.testing.mcore_jobs import build
 
-    bridge, rank = AutoBridge.from_hf_pretrained(path), dist.get_rank()
+    bridge = AutoBridge.from_hf_pretrained(path)
     with host_backend():
         _, _, chunks = build(bridge.fields, layout, spec="host")
         bridge.load_hf_weights(chunks)
@@ -38,18 +36,41 @@ def die_in(path: str, layout: dict[str, Any], verb: str, place: str | float, vic
         assert words, "no words are exchanged: nothing can be killed there"
         where = _BYTES[verb]() if place == "bytes" else (TorchWorkers, "_exchange")
         number = 1 if place == "bytes" else int(float(place) * len(words))
-        with _killed(*where, number) if rank == victim else _counted(*where):
-            started = time.monotonic()
-            try:
-                VERBS[verb](bridge, chunks, out)
-                text = "no error"
-            except BridgeError as error:
-                text = f"{type(error).__name__}: {error}"
-            except RuntimeError as error:
-                text = f"torch's own {type(error).__name__}: {error}"
-    Path(notes, str(rank)).write_text(f"{time.monotonic() - started:.1f}\n{text}")
+        note_loss(lambda: VERBS[verb](bridge, chunks, out), where, number, victim, notes)
+
+
+def note_loss(run: Callable[[], Any], where: tuple[Any, str], number: int, victim: int, notes: str) -> None:
+    """Rank `victim` is killed while it runs something; every other rank notes after how many seconds it was told what.
+
+    Args:
+        where, number: a function, as what has it and its name, and the call of it (from 0) at which the rank is killed.
+        notes: folder; gets a file for each of the other ranks.
+    """
+    import torch.distributed as dist
+
+    from bridge_core import BridgeError
+
+    with _killed(*where, number) if dist.get_rank() == victim else nullcontext():
+        started = time.monotonic()
+        try:
+            run()
+            text = "no error"
+        except BridgeError as error:
+            text = f"{type(error).__name__}: {error}"
+        except RuntimeError as error:
+            text = f"torch's own {type(error).__name__}: {error}"
+    Path(notes, str(dist.get_rank())).write_text(f"{time.monotonic() - started:.1f}\n{text}")
     while len(list(Path(notes).iterdir())) < dist.get_world_size() - 1 and time.monotonic() - started < LONGEST:
         time.sleep(0.05)
+
+
+def check_told(notes: Path, victim: int, size: int) -> None:
+    """All others of `size` ranks were told, and not by the end of one another."""
+    told = {int(file.name): file.read_text().split("\n", 1) for file in notes.iterdir()}
+    assert sorted(told) == [rank for rank in range(size) if rank != victim]
+    for seconds, text in told.values():
+        assert float(seconds) < LONGEST, "it was told by the end of another rank"
+        assert text.startswith("LostWorkerError: "), text
 
 
 def _stream(bridge: Any, chunks: Any, out: str) -> None:

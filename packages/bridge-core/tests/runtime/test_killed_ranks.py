@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime.kill_jobs import LONGEST, VERBS, die_in
+from runtime.kill_jobs import VERBS, check_told, die_in
 
 from bridge_core.testing.hf_models import make_model, save_model
 from bridge_core.testing.ranks import RankError, RankPool
@@ -32,9 +32,5 @@ def test_all_others_are_told(folder, tmp_path, verb, place, victim):
     job = (str(folder), {"tp": 2, "dp": 2}, verb, place, victim, str(out), str(notes))
     with RankPool(4) as pool, pytest.raises(RankError, match="died"):
         pool.run(die_in, *job, timeout_s=90)
-    told = {int(file.name): file.read_text().split("\n", 1) for file in notes.iterdir()}
-    assert sorted(told) == [rank for rank in range(4) if rank != victim]
-    for seconds, text in told.values():
-        assert float(seconds) < LONGEST, "it was told by the end of another rank"
-        assert text.startswith("LostWorkerError: "), text
+    check_told(notes, victim, 4)
     assert not out.exists()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bridge_core.errors import BridgeError, ConfigError, preview
+from bridge_core.errors import ConfigError, preview
 from bridge_core.extras import require
 from bridge_peft.config import CHANGES_BASE, LoraConfig
 from bridge_peft.dtypes import torch_dtype
@@ -81,9 +81,10 @@ def apply_lora(model: Any, config: LoraConfig, groups: Any = None, *, adapter_na
         adapter_name: letters, digits, `_` and `-`.
 
     Raises:
-        ConfigError: a pattern fits nothing, the name is taken, the model is wrapped already, or a layer of any
-            stage is of a form that the configuration does not go with.
+        ConfigError: a pattern fits nothing, the name is taken, the model is wrapped already, or a layer is of a form
+            that the configuration does not go with.
         LayoutError: a layer does not divide by the ranks that cut it.
+        WorkerError: a layer of another pipeline stage is of such a form; or a rank is gone (`LostWorkerError`).
     """
     require("megatron.core", extra="mcore", package="bridge-peft")
     from bridge_core.runtime.homes import unwrap
@@ -114,6 +115,7 @@ def apply_lora(model: Any, config: LoraConfig, groups: Any = None, *, adapter_na
 
 def _add(meant: list[tuple[nn.Module, Site]], parts: Any, config: LoraConfig, name: str) -> None:
     """Make the adapters, set their values, and join them to their layers."""
+    from bridge_core.runtime.workers import noticing_loss
     from bridge_peft.init import initialise
     from bridge_peft.layers.adapter import LoraAdapter
     from bridge_peft.layers.attach import attach
@@ -128,7 +130,8 @@ def _add(meant: list[tuple[nn.Module, Site]], parts: Any, config: LoraConfig, na
                 if factor.shared:
                     adapter.register_parameter(key, owner.get_parameter(key))
         made.append((site, adapter))
-    initialise([(name, adapter) for _, adapter in made], config)
+    with noticing_loss():
+        initialise([(name, adapter) for _, adapter in made], config)
     for site, adapter in made:
         adapters = attach(site)
         adapters[name] = adapter
@@ -252,43 +255,28 @@ def _check_site(site: Site, config: LoraConfig, parts: tuple[str, ...], name: st
     check_method(site, config.lora_init_method)
 
 
-def _agreed(groups: Any, used: Iterable[Any], names: Iterable[str]) -> tuple[set[Any], set[str]]:
+def _agreed(
+    groups: Any, used: Iterable[tuple[str, str]], names: Iterable[str]
+) -> tuple[set[tuple[str, str]], set[str]]:
     """What all pipeline stages found: a pattern may fit on another stage only."""
     pp = getattr(groups, "pp", None)
     if pp is None or pp.size() == 1:
         return set(used), set(names)
-    import torch.distributed as dist
+    from bridge_core.runtime.workers import TorchWorkers
 
-    held: list[Any] = [None] * pp.size()
-    dist.all_gather_object(held, (set(used), set(names)), group=pp)
-    return set().union(*(stage[0] for stage in held)), set().union(*(stage[1] for stage in held))
+    said = TorchWorkers(pp).share([sorted(used), sorted(names)])
+    patterns = {(field, pattern) for theirs, _ in said for field, pattern in theirs}
+    return patterns, {name for _, theirs in said for name in theirs}
 
 
 def _together(groups: Any, check: Callable[[], None]) -> None:
     """Run `check` on every pipeline stage; an error on one is raised on all, before any has changed its part."""
-    failure: BridgeError | None = None
-    try:
-        check()
-    except BridgeError as error:
-        failure = error
-    pp = getattr(groups, "pp", None)
-    held: list[str | None] = [None if failure is None else str(failure)]
-    if pp is not None and pp.size() > 1:
-        import torch.distributed as dist
+    from bridge_core.checkpoint.workers import Alone
+    from bridge_core.runtime.workers import TorchWorkers
 
-        own, held = held[0], [None] * pp.size()
-        dist.all_gather_object(held, own, group=pp)
-    if failure is not None:
-        raise failure
-    for stage, text in enumerate(held):
-        if text is not None:
-            raise ConfigError(
-                "another pipeline stage cannot be adapted",
-                where=f"stage {stage}",
-                expected="layers that go with the configuration",
-                got=text,
-                fix="do what that stage's error says",
-            )
+    pp = getattr(groups, "pp", None)
+    workers = Alone() if pp is None or pp.size() == 1 else TorchWorkers(pp)
+    workers.together(check)
 
 
 def _freeze(chunk: nn.Module, name: str) -> None:

@@ -1,8 +1,9 @@
-"""What all ranks have to agree on before weights move: device, dtypes, and that they are about to do the same."""
+"""What ranks have to agree on before weights move: device, dtypes, ranges, and that they are about to do the same."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import default_device, dtype_name
 from bridge_core.runtime.words import words_device
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.workers import TorchWorkers, noticing_loss
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 def agreed_device(live: LiveModel, group: Any) -> torch.device:
@@ -167,3 +169,31 @@ def check_same(mine: bytes, group: Any, *, what: str, where: str, fix: str) -> N
             got=f"rank 0 and ranks {preview(others)} differ",
             fix=fix,
         )
+
+
+def combine(data: Tensor, group: Any, reduction: Callable[[Tensor], Tensor]) -> None:
+    """Reduce a flat tensor over the ranks of a group, element by element, in place. Collective over `group`.
+
+    Every rank reduces a part that all others send it, and sends it to all: a lost rank is noticed by all of them, which
+    it is not by gloo's all-reduce. That goes round a ring, in half the time: it is for weights, this for what is said
+    of them.
+
+    Args:
+        data: as many elements on every rank, on a device that the group serves.
+        group: the ranks.
+        reduction: of some elements of all ranks [ranks, n], to [n] of the same dtype.
+
+    Raises:
+        LostWorkerError: a rank is gone.
+    """
+    import torch
+    import torch.distributed as dist
+
+    size, rank = group.size(), group.rank()
+    counts = [part.numel() for part in data.tensor_split(size)]
+    mine = counts[rank]
+    received = torch.empty(mine * size, dtype=data.dtype, device=data.device)
+    with noticing_loss():
+        dist.all_to_all_single(received, data, [mine] * size, counts, group=group)
+        reduced = reduction(received.view(size, -1)) if mine else received
+        dist.all_to_all_single(data, reduced.repeat(size), counts, [mine] * size, group=group)

@@ -15,9 +15,10 @@ from bridge_core.checkpoint.workers import jointly
 from bridge_core.codecs import Fp8Blocks
 from bridge_core.errors import GeometryError
 from bridge_core.geometry import Piece, Shape, View, dim_steps, in_source_order, row_major
+from bridge_core.runtime.agreement import combine
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.tensors import flat, torch_dtype, window
-from bridge_core.runtime.workers import TorchWorkers, noticing_loss
+from bridge_core.runtime.workers import TorchWorkers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,29 +71,11 @@ def agreed_scales(live: LiveModel, dtypes: dict[str, str], group: Any) -> dict[s
 
     agreed: dict[str, Tensor] = {}
     for bucket, data in zip(buckets, jointly(TorchWorkers(group), fill), strict=True):
-        _reduce_to_largest(data, group)
+        combine(data, group, lambda parts: parts.amax(0))
         for name, part in zip(bucket, data.split(list(bucket.values())), strict=True):
             shape = codec.scale_shape(live.plan.hf_tensors[name])
             agreed[name] = _scales(part.view(shape), codec, name)
     return agreed
-
-
-def _reduce_to_largest(data: Tensor, group: Any) -> None:
-    """Make every element of a flat tensor the largest that a rank has there, in place. Collective over `group`.
-
-    Every rank reduces a part that all others send it, and sends it to all: a lost rank is noticed by all of them, which
-    it is not by gloo's all-reduce. That goes round a ring, in half the time; scales are few.
-    """
-    import torch
-    import torch.distributed as dist
-
-    size, rank = group.size(), group.rank()
-    counts = [part.numel() for part in data.tensor_split(size)]
-    received = torch.empty(counts[rank] * size, dtype=data.dtype, device=data.device)
-    with noticing_loss():
-        dist.all_to_all_single(received, data, [counts[rank]] * size, counts, group=group)
-        largest = received.view(size, -1).amax(0) if received.numel() else received
-        dist.all_to_all_single(data, largest.repeat(size), counts, [counts[rank]] * size, group=group)
 
 
 def _largest_held(live: LiveModel, dtypes: dict[str, str], codec: Fp8Blocks) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from bridge_core.dtypes import dtype_of
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.tensors import dtype_name, torch_dtype
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.workers import TorchWorkers, noticing_loss
 from bridge_peft.apply import adapters_named
 from bridge_peft.converting.adapter_file import Layer
 from bridge_peft.converting.bases import Bases
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _ALIGN = 8
 Described = tuple[AdapterSettings, dict[str, tuple[tuple[int, ...], str]]]
+"""Settings of an adapter; whole shape and dtype of each factor."""
 
 
 def settings_of(adapter: LoraAdapter) -> AdapterSettings:
@@ -49,6 +50,12 @@ def settings_of(adapter: LoraAdapter) -> AdapterSettings:
         sharing=own.sharing if adapter.site.linear.experts else "each",
         changes_base=own.changes_base,
     )
+
+
+def _described(settings: dict[str, Any], factors: dict[str, Any]) -> Described:
+    """What another rank says of a layer."""
+    known = {key: (tuple(shape), dtype) for key, (shape, dtype) in factors.items()}
+    return AdapterSettings.from_dict(settings, where="an adapter on another rank"), known
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,22 @@ class Held:
 
     def __init__(self, model: Any, bases: Bases, name: str, *, exclude: Sequence[str] = (), group: Any) -> None:
         self.group, self.bases = group, bases
-        workers = TorchWorkers(group)
-        mine = jointly(workers, lambda: self._mine(model, name, exclude))
+        self._workers = TorchWorkers(group)
+        mine = jointly(self._workers, lambda: self._mine(model, name, exclude))
         self.device = next((p.device for chunk in unwrap(model) for p in chunk.parameters()), torch.device("cpu"))
-        said: list[Any] = [None] * group.size()
-        dist.all_gather_object(said, (mine, self.excluded), group=group)
-        self.excluded = set().union(*(theirs for _, theirs in said))
-        everything = {layer: value for theirs, _ in said for layer, value in theirs.items()}
+        said = self._workers.share([mine, sorted(self.excluded)])
+        self.excluded = {prefix for _, theirs in said for prefix in theirs}
+        everything = {layer: _described(*value) for theirs, _ in said for layer, value in theirs.items()}
         self.layers = [
             Layer(base, number, *everything[base.named(number)]) for base, number in bases.in_order(everything)
         ]
         _check_found(self.layers, name, exclude)
 
-    def _mine(self, model: Any, name: str, exclude: Sequence[str]) -> dict[str, Described]:
-        """Settings, and whole shape and dtype of each factor, of the layers on this rank."""
+    def _mine(self, model: Any, name: str, exclude: Sequence[str]) -> dict[str, Any]:
+        """`Described` of the layers on this rank, as JSON values."""
         self.shares: dict[tuple[str, str], list[Share]] = {}
         self.excluded: set[str] = set()
-        mine: dict[str, Described] = {}
+        mine: dict[str, Any] = {}
         for adapters in adapters_named(model, ()):
             if name not in adapters:
                 continue
@@ -126,7 +132,7 @@ class Held:
                 continue
             layer = _checked_name(self.bases, adapter)
             mine[layer] = (
-                settings_of(adapter),
+                settings_of(adapter).to_dict(),
                 {key: (f.shape, dtype_name(adapter.get_parameter(key))) for key, f in adapter.factors.items()},
             )
             for key in adapter.factors:
@@ -153,6 +159,17 @@ class Held:
             yield from self._summed(bucket, to)
 
     def _summed(self, layers: list[Layer], to: int | None) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
+        data, made = jointly(self._workers, lambda: self._filled(layers))
+        words = data.view(torch.int32)
+        with noticing_loss():
+            if to is None:
+                dist.all_reduce(words, group=self.group)
+            else:
+                dist.reduce(words, dist.get_global_rank(self.group, to), group=self.group)
+        yield from made
+
+    def _filled(self, layers: list[Layer]) -> tuple[Tensor, list[tuple[Layer, dict[str, Tensor]]]]:
+        """The bytes of some layers' factors, zero but for what this rank owns, and the factors as views of them."""
         sizes = [_nbytes(*factor) for layer in layers for factor in layer.factors.values()]
         data = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
         parts = iter(data.split(sizes))
@@ -172,12 +189,7 @@ class Held:
                     if owns(share.adapter, share.factor):
                         for target, source in share.regions(whole):
                             target.copy_(source)
-        words = data.view(torch.int32)
-        if to is None:
-            dist.all_reduce(words, group=self.group)
-        else:
-            dist.reduce(words, dist.get_global_rank(self.group, to), group=self.group)
-        yield from made
+        return data, made
 
 
 def _nbytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from bridge_core.bridge import AutoBridge
 from bridge_core.checkpoint.megatron_folder import LATEST
 from bridge_core.checkpoint.output import check_free, write_folder
@@ -60,15 +58,15 @@ def save_adapter_ckpt(
     output = Path(path) / f"iter_{iteration:07d}"
     workers.together(lambda: check_free(output, overwrite=overwrite))
     mine = {
-        (name, adapters.site.name): settings_of(adapter)
+        (name, adapters.site.name): settings_of(adapter).to_dict()
         for adapters in adapters_named(model, ())
         for name, adapter in adapters.items()
     }
-    said: list[Any] = [None] * workers.size
-    dist.all_gather_object(said, mine, group=group or default_group())
+    words = workers.share([[*key, settings] for key, settings in mine.items()])
+    said = {(name, layer): settings for theirs in words for name, layer, settings in theirs}
     adapters: dict[str, dict[str, AdapterSettings]] = {}
-    for (name, layer), settings in sorted({key: one for theirs in said for key, one in theirs.items()}.items()):
-        adapters.setdefault(name, {})[layer] = settings
+    for (name, layer), settings in sorted(said.items()):
+        adapters.setdefault(name, {})[layer] = AdapterSettings.from_dict(settings, where=layer)
     if not adapters:
         raise ConfigError("the model has no adapter", where=output, expected="apply_lora", got="none on any rank")
 

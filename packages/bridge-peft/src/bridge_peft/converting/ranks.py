@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from bridge_core.bridge import AutoBridge
 from bridge_core.checkpoint.output import check_free, real_path, write_folder
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.words import default_group
-from bridge_core.runtime.workers import TorchWorkers
+from bridge_core.runtime.workers import TorchWorkers, WorkerError
 from bridge_peft.apply import LoraReport, apply_lora
 from bridge_peft.config import LoraConfig
 from bridge_peft.converting.adapter_file import AdapterFile, Layer
@@ -43,9 +42,9 @@ def bases_of(bridge: AutoBridge, model: Any, group: Any) -> Bases:
         embedding = getattr(getattr(chunk, "embedding", None), "word_embeddings", None)
         for layer in (getattr(chunk, "output_layer", None), embedding):
             rows += [getattr(layer, "output_size", None) or getattr(layer, "num_embeddings", None) or 0]
-    held: list[Any] = [None] * group.size()
-    dist.all_gather_object(held, max(rows), group=group)  # a stage in the middle has no vocabulary
-    return jointly(TorchWorkers(group), lambda: bases_for(bridge, padded_vocab=max(held)))
+    workers = TorchWorkers(group)
+    padded = max(workers.share(max(rows)))  # a stage in the middle has no vocabulary
+    return jointly(workers, lambda: bases_for(bridge, padded_vocab=padded))
 
 
 def save_hf_adapter(
@@ -140,13 +139,20 @@ def _laid_out(
 
 
 def _write(file: AdapterFile, folder: Path, whole: Iterator[tuple[Layer, dict[str, Tensor]]], rank: int) -> None:
-    """Write the file on the first rank. All ranks take every layer, also after an error."""
+    """Write the file on the first rank. All ranks take every layer, also after an error.
+
+    Where another rank could not give its share, that one raises, and this one hears of it when the filling ends.
+    """
     try:
-        if rank == 0:
-            file.write(folder, whole)
-    finally:
-        for _ in whole:  # the others still expect this rank's share of every sum
-            pass
+        try:
+            if rank == 0:
+                file.write(folder, whole)
+        finally:
+            for _ in whole:  # the others still expect this rank's share of every sum
+                pass
+    except WorkerError as error:
+        if error.worker is None:  # lost: nobody will say so
+            raise
 
 
 def export_adapter_weights(
@@ -210,7 +216,7 @@ def load_hf_adapter(
     workers = TorchWorkers(group)
     bases = bases_of(bridge, model, group)
     adapter = jointly(workers, lambda: open_adapter(path, bases))
-    settings, dtype = _agreed_settings(adapter, canonical, workers, group)
+    settings, dtype = _agreed_settings(adapter, canonical, workers)
     config = jointly(workers, lambda: _lora_config(settings, lora_dtype or dtype))
     report = apply_lora(model, config, groups, adapter_name=adapter_name)
     jointly(workers, lambda: _fill(model, adapter, bases, adapter_name, canonical))
@@ -218,26 +224,24 @@ def load_hf_adapter(
 
 
 def _agreed_settings(
-    adapter: HfAdapter, canonical: bool, workers: TorchWorkers, group: Any
+    adapter: HfAdapter, canonical: bool, workers: TorchWorkers
 ) -> tuple[dict[str, AdapterSettings], str]:
     """Settings of every layer, by name; ranks look at an equal share of them each. Collective."""
     order = list(adapter.layers)[workers.rank :: workers.size]
 
-    def look() -> dict[str, tuple[AdapterSettings, str]]:
-        found: dict[str, tuple[AdapterSettings, str]] = {}
+    def look() -> list[tuple[str, dict[str, Any], str]]:
+        found = []
         for name, layer in order:
             settings, factors = adapter.read(name, layer, canonical=canonical)
             dtype = str(next(iter(factors.values())).dtype)
-            found[adapter.layers[name, layer][0].named(layer)] = settings, dtype
+            found.append((adapter.layers[name, layer][0].named(layer), settings.to_dict(), dtype))
         return found
 
-    mine = jointly(workers, look)
-    said: list[Any] = [None] * workers.size
-    dist.all_gather_object(said, mine, group=group)
-    both = {name: value for theirs in said for name, value in theirs.items()}
+    said = workers.share(jointly(workers, look))
+    both = {name: (settings, dtype) for theirs in said for name, settings, dtype in theirs}
     dtypes = {dtype for _, dtype in both.values()}
-    names = sorted(both)
-    return {name: both[name][0] for name in names}, "fp32" if len(dtypes) > 1 else dtypes.pop()
+    settings = {name: AdapterSettings.from_dict(both[name][0], where=name) for name in sorted(both)}
+    return settings, "fp32" if len(dtypes) > 1 else dtypes.pop()
 
 
 def _lora_config(settings: dict[str, AdapterSettings], dtype: Any) -> LoraConfig:

@@ -24,6 +24,7 @@ from bridge_core.geometry import Piece, runs
 from bridge_core.runtime.file_owners import Sent, owners_of
 from bridge_core.runtime.live import LiveModel
 from bridge_core.runtime.words import words_device
+from bridge_core.runtime.workers import noticing_loss
 from bridge_quant_export.formats.format import Writer
 from bridge_quant_export.live.files import PackedFiles
 from bridge_quant_export.live.held import Held
@@ -110,15 +111,16 @@ class OwnedFiles(PackedFiles):
             messages = self.guarded(lambda: [self._message(owner, at, left) for owner in range(size)])
             messages = messages or [torch.empty(0, dtype=torch.uint8)] * size
             sizes = [len(message) for message in messages]
-            said = torch.tensor([*sizes, int(self._failure is not None)], device=device)
-            told = torch.empty(size * (size + 1), dtype=said.dtype, device=device)
-            dist.all_gather_into_tensor(told, said, group=self._group)
-            everyone = told.view(size, size + 1).tolist()
-            if any(row[-1] for row in everyone) or not any(sum(row[:-1]) for row in everyone):
-                return rounds, written
-            coming = [row[self._rank] for row in everyone]
-            received = torch.empty(sum(coming), dtype=torch.uint8, device=device)
-            dist.all_to_all_single(received, torch.cat(messages).to(device), coming, sizes, group=self._group)
+            # To each owner: the bytes for it, whether this rank has failed, and whether it has anything to send.
+            said = [(nbytes, int(self._failure is not None), int(any(sizes))) for nbytes in sizes]
+            told = torch.empty(size, 3, dtype=torch.int64, device=device)
+            with noticing_loss():
+                dist.all_to_all_single(told, torch.tensor(said, device=device), group=self._group)
+                if told[:, 1].any() or not told[:, 2].any():
+                    return rounds, written
+                coming = told[:, 0].tolist()
+                received = torch.empty(sum(coming), dtype=torch.uint8, device=device)
+                dist.all_to_all_single(received, torch.cat(messages).to(device), coming, sizes, group=self._group)
             rounds += 1
             self.sent += sum(sizes) - sizes[self._rank]
             parts = received.cpu().split(coming)
