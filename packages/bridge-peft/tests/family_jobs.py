@@ -15,10 +15,10 @@ def family(path: str, layout: dict[str, Any], ignore: tuple[str, ...]) -> Iterat
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
     from bridge_core.testing.mamba import mamba_layers
-    from bridge_core.testing.mcore_jobs import build, global_state_for_mtp
+    from bridge_core.testing.mcore_jobs import build
 
     bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
-    with host_backend(), mamba_layers(), global_state_for_mtp(bridge.fields, layout):
+    with host_backend(), mamba_layers():
         _, pg, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
         bridge.load_hf_weights(chunks)
         yield bridge, pg, chunks
@@ -72,6 +72,16 @@ def refused(path: str, layout: dict[str, Any], lora: dict[str, Any]) -> tuple[st
             same = names == [list(chunk.state_dict()) for chunk in chunks]
             return str(error), same and all(p.requires_grad for chunk in chunks for p in chunk.parameters())
         return "", False
+
+
+def devices(path: str, lora: dict[str, Any]) -> dict[str, str]:
+    """The devices of factors, by name, of adapters on a model that was moved to the meta device before."""
+    from bridge_peft import LoraConfig, apply_lora
+
+    with family(path, {}, ()) as (_, pg, chunks):
+        moved = [chunk.to("meta") for chunk in chunks]
+        apply_lora(moved, LoraConfig(**lora), pg)
+        return {name: p.device.type for chunk in moved for name, p in chunk.named_parameters() if ".adapter." in name}
 
 
 def merge(path: str, lora: dict[str, Any]) -> list[str]:

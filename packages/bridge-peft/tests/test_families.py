@@ -136,3 +136,11 @@ def test_an_adapter_on_a_tied_output_layer(rank_pool, models, tmp_path):
     with pytest.raises(CoverageError, match=r"lm_head\.weight"):
         merge_hf(path, outs["peft"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_is_where_the_model_is(rank_pool, models):
+    """Also where the layer has no weight that would say so. The meta device stands in for a GPU."""
+    lora = {"target_modules": ["linear_qkv", "output_layer"]}
+    (found,) = rank_pool.run(family_jobs.devices, str(models("llama-tied")), LORA | lora, ranks=[0])
+    assert {f"output_layer.adapter.default.{factor}" for factor in ("lora_A", "lora_B")} <= set(found)
+    assert set(found.values()) == {"meta"}

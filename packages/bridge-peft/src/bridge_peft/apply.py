@@ -122,8 +122,8 @@ def _add(meant: list[tuple[nn.Module, Site]], parts: Any, config: LoraConfig, na
 
     made: list[tuple[Site, LoraAdapter]] = []
     first: dict[str, LoraAdapter] = {}
-    for _, site in meant:
-        adapter = LoraAdapter(site, _settings(site, config, parts[site.name]), device=_device(site))
+    for chunk, site in meant:
+        adapter = LoraAdapter(site, _settings(site, config, parts[site.name]), device=_device(chunk, site))
         owner = first.setdefault(site.name, adapter)
         if owner is not adapter:  # another expert of the same layer: what they share is one parameter
             for key, factor in adapter.factors.items():
@@ -174,10 +174,12 @@ def _FLOATS() -> tuple[torch.dtype, ...]:  # noqa: N802 - a constant that needs 
     return torch.bfloat16, torch.float16, torch.float32
 
 
-def _device(site: Site) -> torch.device:
+def _device(chunk: nn.Module, site: Site) -> torch.device:
+    """That of the layer; a tied output layer has no parameter, and is called with one of its chunk's: the embedding."""
     import torch
 
-    return next((p.device for p in site.module.parameters()), torch.device("cpu"))
+    parameters = (*site.module.parameters(), *chunk.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _check_name(name: str) -> None:
