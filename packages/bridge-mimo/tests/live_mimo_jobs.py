@@ -175,11 +175,10 @@ def settings_stay(path: str):
     import torch.distributed as dist
 
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import global_state_for_mtp
     from bridge_core.testing.rank_worker import groups
 
     bridge = bridge_of(path, {"language": {"tp": 2, "dp": 1}, "images": {"dp": 1}})
-    with host_backend(), global_state_for_mtp(bridge.fields, {}):
+    with host_backend():
         provider = bridge.to_megatron_mimo_provider(spec="host")
         before = dict(vars(provider.language)["_settings"])
         model = provider.provide()

@@ -234,6 +234,17 @@ def test_an_older_megatron_is_named(monkeypatch):
             bridge.to_megatron_model(spec="host")
 
 
+def test_an_activation_function_that_towers_do_not_have():
+    from bridge_mimo.towers.config import activation_function
+
+    with pytest.raises(ConfigError) as error:
+        activation_function("swish")
+    assert error.value.where == "activation_function"
+    assert error.value.expected == "gelu or gelu_tanh or quick_gelu"
+    assert error.value.got == "'swish'"
+    assert "the function itself" in str(error.value.fix)
+
+
 def test_a_model_without_a_tower():
     from bridge_mimo.towers import tower_spec
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bridge_core.errors import ConfigError, LayoutError
 from bridge_core.families import Fields
-from bridge_core.runtime.layer_specs import Spec
+from bridge_core.runtime.layer_specs import Spec, placed_by
 from bridge_core.runtime.provider import Provider
 from bridge_mimo.components import Components
 from bridge_mimo.layout import LANGUAGE, ComponentLayout
@@ -107,7 +108,8 @@ class MimoProvider:
 
         language = groups.collections[LANGUAGE]
         options = {} if language is None else {"tp_group": language.tp, "cp_group": language.cp}
-        model = BridgedMimoModel(self.config(groups), **options, deepstack=self.deepstack)
+        with self._placed(language):
+            model = BridgedMimoModel(self.config(groups), **options, deepstack=self.deepstack)
         model.mimo_groups = groups
         return model
 
@@ -154,8 +156,7 @@ class MimoProvider:
         """The language model of one rank; on ranks that do not have it, its configuration and sizes alone."""
         from megatron.core.transformer.spec_utils import ModuleSpec
 
-        provider = self.language.copy().apply_overrides(_sizes(self.layouts[LANGUAGE]) | {"mtp_num_layers": None})
-        fields = self.components.fields
+        provider, fields = self._language_settings(), self.components.fields
         if mrope := fields.get("position_embedding_type") == "mrope":
             provider.mrope_section = list(fields.get("mrope_section") or _MROPE_SECTION)
         config = provider.finalize()
@@ -169,6 +170,14 @@ class MimoProvider:
             # `MimoModel` cuts the sequence itself, after images took their places in it.
             params["scatter_embedding_sequence_parallel"] = False
         return ModuleSpec(module=_language_class(mrope=mrope), params=params)
+
+    def _language_settings(self) -> Provider:
+        """The settings of the language model in its layout, without prediction layers."""
+        return self.language.copy().apply_overrides(_sizes(self.layouts[LANGUAGE]) | {"mtp_num_layers": None})
+
+    def _placed(self, groups: ProcessGroupCollection | None) -> AbstractContextManager[None]:
+        """While a model is built: a layout string makes mcore ask its global state for this stage (`placed_by`)."""
+        return nullcontext() if groups is None else placed_by(self._language_settings().finalize(), groups, vpp=1)
 
     def tower_spec(self, name: str, groups: ProcessGroupCollection | None) -> ModuleSpec:
         """The modality of one component.

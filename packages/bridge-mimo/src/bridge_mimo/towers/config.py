@@ -78,11 +78,24 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def activation_function(name: str) -> Any:
-    """A function that mcore's layers take as `activation_func`: "gelu" (exact), "gelu_tanh" or "quick_gelu"."""
+    """A function that mcore's layers take as `activation_func`: "gelu" (exact), "gelu_tanh" or "quick_gelu".
+
+    Raises:
+        ConfigError: it is none of these.
+    """
     from megatron.core.activations import quick_gelu
     from torch.nn.functional import gelu
 
-    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}[name]
+    known = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+    if name not in known:
+        raise ConfigError(
+            "no activation function of a tower has this name",
+            where="activation_function",
+            expected=" or ".join(known),
+            got=repr(name),
+            fix="give one of these names, or set `activation_func` of the configuration to the function itself",
+        )
+    return known[name]
 
 
 def tower_config(fields: Fields, settings: Mapping[str, Any], spec: Spec) -> TransformerConfig:
