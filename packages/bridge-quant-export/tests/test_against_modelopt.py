@@ -4,12 +4,14 @@ Where bytes differ, the test states by how much and shows that ModelOpt's are th
 """
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import quantising
 import torch
 from quant_cases import same_bytes, weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge_quant_export.errors import CalibrationError
 from bridge_quant_export.formats import format_of
@@ -101,6 +103,35 @@ def test_tensors_are_equal_byte_for_byte(quantized, name, dtype):
     assert sorted(ours) == sorted(theirs)
     for suffix, tensor in theirs.items():
         assert same_bytes(ours[suffix], tensor), suffix
+
+
+class DividesAsAGpu(TorchDispatchMode):
+    """A GPU multiplies by the rounded inverse of a number, and divides by tensors (torch 2.13, BinaryDivTrueKernel.cu).
+
+    Here inverses are rounded to bf16, so that no value hides which of the two was done.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and isinstance(args[1], float | int):
+            self.seen += 1
+            return args[0] * torch.tensor(1 / args[1]).bfloat16().float()
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if format_of(name).amax is not None])
+def test_ranges_are_divided_as_modelopt_does_on_the_same_device(quantized, name):
+    layer = quantized(name, torch.float32)
+    with DividesAsAGpu() as gpu:
+        theirs = by_modelopt(layer)
+        seen = gpu.seen
+        ours = by_us(name, layer)
+    assert 0 < seen < gpu.seen
+    for suffix, tensor in theirs.items():
+        assert same_bytes(ours[suffix].flatten(), tensor.flatten()), suffix
 
 
 def test_fp8_of_a_bf16_weight_is_rounded_once(quantized):
@@ -222,8 +253,9 @@ def test_values_are_those_that_modelopt_reads_back(quantized, name, tensor):
     assert torch.equal(unpack(ours, format=format_of(name), writer="modelopt"), theirs)
 
 
+@pytest.mark.parametrize("divides", [None, DividesAsAGpu])
 @pytest.mark.parametrize("clamp", [True, False])
-def test_kv_scales(clamp):
+def test_kv_scales(clamp, divides):
     from bridge_quant_export.formats.kv_cache import kv_tensor, pack_kv
 
     attention = nn.Module()
@@ -232,10 +264,11 @@ def test_kv_scales(clamp):
         quantizer = mtq.nn.TensorQuantizer(mtq.config.QuantizerAttributeConfig(num_bits=(4, 3), axis=None))
         quantizer.amax = torch.tensor(value)
         setattr(attention, f"{which}_bmm_quantizer", quantizer)
-    theirs = quant_utils.get_kv_cache_scaling_factor(attention, clamp_fp8_scales=clamp)
-    for (which, value), scale in zip(amax.items(), theirs, strict=True):
-        ours = pack_kv(torch.tensor(value), at_least_one=clamp)
-        assert torch.equal(ours, scale.reshape(1))
+    with divides() if divides else nullcontext():
+        theirs = quant_utils.get_kv_cache_scaling_factor(attention, clamp_fp8_scales=clamp)
+        ours = [pack_kv(torch.tensor(value), at_least_one=clamp) for value in amax.values()]
+    for which, mine, scale in zip(amax, ours, theirs, strict=True):
+        assert torch.equal(mine, scale.reshape(1))
         # The names that ModelOpt's Hugging Face export gives to the same quantisers.
         renamed = quant_utils._KV_CACHE_REPLACEMENTS[f"{which}_bmm_quantizer._amax"]
         assert kv_tensor(which, "modelopt").suffix == renamed

@@ -30,6 +30,10 @@ def pack(
     Communicates nothing: the calibration must be the same on all ranks that hold shards of this weight. Then the
     tensors are the part of the packed whole that `Stored.box` names.
 
+    Formats divide ranges by Python numbers, as ModelOpt 0.47 does (export/quant_utils.py, `get_scaling_factor`), not
+    by tensors. On a GPU torch multiplies by the rounded inverse of a number: scales are ModelOpt's to the last bit on
+    the same device, and may differ in that bit from those that either of them makes on another.
+
     Args:
         weight: `[rows, cols]`, bf16, fp16 or fp32.
         calibration: ranges of this shard's blocks, of the whole tensor, and of its input.

@@ -89,12 +89,13 @@ class PackedFiles(SharedFiles):
             self._save_region(region, packed, entry, state.format, tensor, group)
 
     def _save_kv(self, shard: Shard, ranges: Mapping[str, Tensor]) -> None:
-        """KV scales, by the rank that has the first row of the projection."""
+        """KV scales, by the rank that has the first row of the projection; made where the model is, as by ModelOpt."""
+        device = self.live.tensor(shard).device
         for piece in shard.pieces:
             which = kv_projection(piece.source.tensor)
             if which is not None and piece.source.offset == 0:
                 name = kv_name(piece.source.tensor, which, self._writer)
-                scale = pack_kv(ranges[which], at_least_one=self._at_least_one, where=name)
+                scale = pack_kv(ranges[which].to(device), at_least_one=self._at_least_one, where=name)
                 self._put_all(name, scale, Box((0,), (1,)), (1,))
 
     def _pack(self, region: Region, parameter: Tensor, state: LayerState) -> dict[str, Tensor]:
