@@ -25,10 +25,13 @@ CASES = {
     "language tp2, images tp2": ("qwen3_vl", 4, {"images": {"tp": 2}, "language": {"tp": 2}}),
     "experts ep2, images tp2": ("qwen3_vl_moe", 4, {"language": {"ep": 2, "dp": 2}, "images": {"tp": 2}}),
     "language pp2, images pp2": ("qwen3_5_moe", 4, {"language": {"pp": 2, "dp": 1}, "images": {"pp": 2}}),
-    "language pp2 by a layout string, images tp1": (
+    "language pp2, images pp2, by layout strings": (
         "qwen3_vl",
-        3,
-        {"language": {"pp": 2, "dp": 1, "pipeline_model_parallel_layout": "Ettt|tL"}, "images": {"dp": 1}},
+        4,
+        {
+            "language": {"pp": 2, "dp": 1, "pipeline_model_parallel_layout": "Ettt|tL"},
+            "images": {"pp": 2, "dp": 1, "pipeline_model_parallel_layout": "Et|ttL"},
+        },
     ),
     "language tp2 pp2, images dp2": ("qwen3_5-tied", 6, {"language": {"tp": 2, "pp": 2}, "images": {"dp": 2}}),
     "language tp2 pp2, images tp2 dp2": (

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from bridge_core.errors import ConfigError, LayoutError
-from bridge_core.runtime.layer_specs import Spec
+from bridge_core.runtime.layer_specs import Spec, placed_by
 from bridge_mimo.towers.config import TowerSizes, check_groups
 from bridge_mimo.towers.grids import Patches, interpolation, place_patches, rotary_angles
 from bridge_mimo.towers.specs import layer_spec, mlp_submodules, spec_provider
@@ -129,14 +129,15 @@ class QwenVisionTower(VisionModule):
             options = {"device": _device(config), "dtype": config.params_dtype}
             self.patch_embed = PatchEmbedding(config, sizes)
             self.pos_embed = torch.nn.Embedding(sizes.positions, config.hidden_size, **options)
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=layer_spec(spec),
-            post_layer_norm=False,
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            pg_collection=self.pg_collection,
-        )
+        with placed_by(config, self.pg_collection, vpp=1):
+            self.decoder = TransformerBlock(
+                config=config,
+                spec=layer_spec(spec),
+                post_layer_norm=False,
+                pre_process=self.pre_process,
+                post_process=self.post_process,
+                pg_collection=self.pg_collection,
+            )
         layers: Any = self.decoder.layers
         held = [layer.layer_number - 1 for layer in layers]
         self.earlier = sum(layer < (held[0] if held else config.num_layers) for layer in sizes.deepstack)
