@@ -32,10 +32,10 @@ def round_trip(
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
     from bridge_core.runtime.live import open_live
-    from bridge_core.testing.mcore_jobs import forward, global_state_for_mtp
+    from bridge_core.testing.mcore_jobs import forward
 
     bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
-    with host_backend(), global_state_for_mtp(bridge.fields, layout):
+    with host_backend():
         chunks, built, pg = build_at(bridge.fields, layout, spec)
         for chunk in chunks:
             for parameter in chunk.parameters():

@@ -28,10 +28,9 @@ def save(path: str, layout: dict[str, Any], out: str, *, ignore: tuple[str, ...]
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import global_state_for_mtp
 
     bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
-    with host_backend(), global_state_for_mtp(bridge.fields, layout):
+    with host_backend():
         chunks = _build(bridge, layout)
         with poisoned_parallel_state(frozenset()) as reads:
             bridge.load_hf_weights(chunks)
@@ -47,10 +46,9 @@ def load(path: str, layout: dict[str, Any], folder: str, *, ignore: tuple[str, .
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
-    from bridge_core.testing.mcore_jobs import global_state_for_mtp
 
     bridge = AutoBridge.from_hf_pretrained(path, ignore=ignore)
-    with host_backend(), global_state_for_mtp(bridge.fields, layout):
+    with host_backend():
         chunks, others = _build(bridge, layout), _build(bridge, layout)
         with poisoned_parallel_state(frozenset()) as reads:
             report = bridge.load_megatron_model(chunks, folder)

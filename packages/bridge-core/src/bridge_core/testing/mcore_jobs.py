@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -132,16 +132,6 @@ def global_state(layout: dict[str, Any]) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
-@contextmanager
-def global_state_for_mtp(fields: dict[str, Any], layout: dict[str, Any]) -> Iterator[None]:
-    """mcore asks its global state where prediction layers are: whoever builds a model with some has initialised it.
-
-    0.16.1 and 0.19.2, transformer/multi_token_prediction.py, `mtp_on_this_rank`. Collective.
-    """
-    with global_state(layout) if fields.get("mtp_num_layers") else nullcontext():
-        yield
-
-
 def sharded(chunks: list[Any], pg: Any) -> dict[str, Any]:
     """The sharded state of all chunks, as Megatron-LM names them."""
     metadata = {"dp_cp_group": pg.dp_cp}
@@ -178,7 +168,7 @@ def load_and_run(
 
     from bridge_core.runtime.host import host_backend
 
-    with host_backend(), global_state_for_mtp(fields, layout):
+    with host_backend():
         _, pg, chunks = build(fields, layout, spec=spec)
         load(chunks, pg, folder)
         params = {
