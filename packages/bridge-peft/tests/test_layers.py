@@ -304,7 +304,7 @@ def test_what_one_stage_refuses_all_refuse(rank_pool):
     first = {"target_modules": ["layers.1.mlp.linear_fc1"]}
     case = Case(DENSE, {"pp": 2}, {})
     (error, same), (other, same_there) = rank_pool.run(layer_jobs.refused, case, first=first, ranks=[0, 1])
-    assert "worker 1 failed: a layer has an adapter of this name already" in str(error)
+    assert "1 failed: a layer has an adapter of this name already" in str(error)
     for each in (error, other):
         assert "decoder.layers.1.mlp.linear_fc1" in str(each)
         assert "adapter of this name already" in str(each)
