@@ -25,18 +25,27 @@ def cannot_see_the_source(path: Any, *arguments: Any, **options: Any):
     raise CheckpointError("no such folder", where=path, expected="the folder", got="nothing", fix="mount it")
 
 
+def has_no_memory(*arguments: Any, **options: Any):
+    raise MemoryError("no memory left")
+
+
 def is_killed(*arguments: Any, **options: Any):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Verb -> what of the library is replaced where a folder is looked at, and where values are written.
+# Verb -> what of the library is replaced where a folder is looked at, where values are written, and gathered before.
 PLACES = {
     "export": ("offline.find_checkpoint", "adapter_file.AdapterFile.write"),
     "import": ("offline.open_adapter", "offline._write_values"),
-    "save": ("ranks.AdapterFile.create", "ranks.AdapterFile.write"),
+    "save": ("ranks.AdapterFile.create", "ranks.AdapterFile.write", "gather.owns"),
     "checkpoint": ("rank_checkpoints.check_free", "rank_checkpoints.adapter_entries"),
 }
-FAULTS = {"mount": (0, cannot_see_the_source), "disk": (1, disk_is_full), "kill": (1, is_killed)}
+FAULTS = {
+    "mount": (0, cannot_see_the_source),
+    "disk": (1, disk_is_full),
+    "kill": (1, is_killed),
+    "memory": (2, has_no_memory),
+}
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def save(verb: str, fault: str, rank: int, hf: str, out: str, layout: dict[str, 
         with faulty(verb, fault, here=dist.get_rank() == rank):
             try:
                 call(chunks, out, bridge)
-            except (BridgeError, OSError) as error:
+            except (BridgeError, OSError, MemoryError) as error:
                 return str(error)
         return ""
 

@@ -101,6 +101,17 @@ def test_one_failing_rank_of_a_model_fails_them_all(rank_pool, dense, tmp_path, 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_give_its_share_fails_them_all(rank_pool, dense, tmp_path, rank):
+    """It is told before the sum in which the others would wait for it, and named once."""
+    job = ("save", "memory", rank, str(dense), str(tmp_path / "out"), {"tp": 2})
+    texts = rank_pool.run(fault_jobs.save, *job, ranks=[0, 1])
+    assert texts[rank] == "no memory left"
+    assert f"{rank} failed: MemoryError: no memory left" in texts[1 - rank]
+    assert texts[1 - rank].count("failed") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_is_told_by_one_of_all_workers(tmp_path, monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", str(rank))
     assert main(["export", str(tmp_path / "absent"), str(tmp_path / "out")]) == 1
