@@ -9,6 +9,9 @@ from typing import Any
 READ_BY_MCORE = frozenset({"get_gtp_weight_remat_group", "get_expert_gtp_weight_remat_group"})
 
 
+_BUILT_FROM = ("models.gpt", "models.hybrid.hybrid_model", "ssm.mamba_mixer", "transformer.multi_latent_attention")
+
+
 def on_groups(path: str, sizes: dict[str, Any], layout: dict[str, Any], left_out: str | None = None) -> str:
     """Build a model of some sizes on the groups of a layout, of which one may be left out; what is said to that."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,10 +35,9 @@ def on_groups(path: str, sizes: dict[str, Any], layout: dict[str, Any], left_out
 
 def built_without_global_state(path: str, layout: dict[str, Any], wrap_with_ddp: bool):
     """Build with every read of the global state poisoned; the reads, whether `parallel_state` is as it was, names."""
-    import megatron.core.models.gpt
-    import megatron.core.models.hybrid.hybrid_model
-    import megatron.core.ssm.mamba_mixer
-    import megatron.core.transformer.multi_latent_attention  # noqa: F401 - poison reaches imported modules only
+    from contextlib import suppress
+    from importlib import import_module
+
     from megatron.core import parallel_state
     from runtime.helpers import poisoned_parallel_state
 
@@ -46,6 +48,9 @@ def built_without_global_state(path: str, layout: dict[str, Any], wrap_with_ddp:
     from bridge_core.testing.mcore_jobs import context_parallel_without_te, settings
     from bridge_core.testing.rank_worker import groups
 
+    for name in _BUILT_FROM:  # poison reaches imported modules only
+        with suppress(ModuleNotFoundError):  # megatron-core 0.16 has no hybrid models
+            import_module(f"megatron.core.{name}")
     sizes = {name: layout[name] for name in ("tp", "pp", "ep", "etp", "cp", "dp") if name in layout}
     provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider(spec="host").apply_overrides(settings(layout))
     before = dict(vars(parallel_state))

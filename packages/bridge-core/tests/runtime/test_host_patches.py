@@ -58,7 +58,8 @@ def test_with_cuda_nothing_is_changed_unless_forced(monkeypatch):
 
 def test_every_patch_has_a_reason_and_hits_something_in_this_version():
     absent = {where for where, value in patched().items() if value == "no owner"}
-    later = ("megatron.core.transformer.mla_qk_norm_config:", "megatron.core.ssm.gated_delta_net.")  # 0.19 only
+    later = tuple(f"megatron.core.{place}" for place in ("transformer.mla_qk_norm_config:", "ssm.gated_delta_net."))
+    later += ("megatron.core.models.hybrid.",)  # 0.17; the others 0.19
     assert all(where.startswith(later) for where in absent)
     assert all(patch.reason for patch in cuda_free.PATCHES)
 

@@ -105,6 +105,8 @@ BUILDS = [
 @pytest.mark.parametrize(("name", "layout", "wrapped"), BUILDS, ids=lambda value: str(value).replace(" ", ""))
 def test_a_build_reads_nothing_of_mcores_global_state(rank_pool, published, name, layout, wrapped):
     """GPT and hybrid models; those with prediction layers, which mcore places by its global state, as well."""
+    if name in ("qwen3_5-text", "nemotron_h-latent"):
+        pytest.importorskip("megatron.core.models.hybrid", reason="megatron-core 0.16 cannot build it")
     results = rank_pool.run(built_without_global_state, published(name), layout, wrapped, ranks=[0, 1])
     predicting = []
     for reads, untouched, names in results:

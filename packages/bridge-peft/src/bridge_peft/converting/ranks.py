@@ -218,7 +218,7 @@ def load_hf_adapter(
     adapter = jointly(workers, lambda: open_adapter(path, bases))
     settings, dtype = _agreed_settings(adapter, canonical, workers)
     config = jointly(workers, lambda: _lora_config(settings, lora_dtype or dtype))
-    report = apply_lora(model, config, groups, adapter_name=adapter_name)
+    report = jointly(workers, lambda: apply_lora(model, config, groups, adapter_name=adapter_name))
     jointly(workers, lambda: _fill(model, adapter, bases, adapter_name, canonical))
     return report
 
