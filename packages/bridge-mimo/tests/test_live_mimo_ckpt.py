@@ -16,6 +16,7 @@ from bridge_core.testing.hf_models import make_model  # noqa: E402
 from bridge_mimo import MegatronMIMOBridge  # noqa: E402
 from bridge_mimo.checkpoint.convert import verify  # noqa: E402
 
+STRINGS = [{"pipeline_model_parallel_layout": string} for string in ("Ettt|tL", "Et|ttL")]
 CASES = {
     "qwen3_5": ((3, {"language": {"tp": 2, "dp": 1}, "images": {"dp": 1}}), (2, {"images": {"tp": 2}, "language": {}})),
     "qwen3_vl_moe": (
@@ -24,7 +25,7 @@ CASES = {
     ),
     "qwen3_vl cp": (
         (4, {"language": {"cp": 2, "dp": 1}, "images": {"dp": 2}}),
-        (2, {"language": {"tp": 2}, "images": {}}),
+        (4, {"language": STRINGS[0] | {"pp": 2, "dp": 1}, "images": STRINGS[1] | {"pp": 2, "dp": 1}}),
     ),
     "qwen3_vl hf-tower": (
         (3, {"language": {"dp": 1}, "images": {"tp": 2, "dp": 1}}),

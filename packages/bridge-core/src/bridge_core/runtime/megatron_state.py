@@ -41,8 +41,16 @@ def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "", 
 
     Reads no global `parallel_state`: of layers that a layout string places, mcore asks it for their numbers.
     """
-    with placed_by(getattr(chunk, "config", None), groups, vpp), _tied_by(chunk, groups), _duplicated_in(chunk, groups):
+    with placed_by(_config_of(chunk), groups, vpp), _tied_by(chunk, groups), _duplicated_in(chunk, groups):
         return chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": groups.dp_cp})
+
+
+def _config_of(chunk: Any) -> Any:
+    """megatron-core's configuration of a chunk, or of the encoder in it; None if there is none."""
+    from megatron.core.transformer import TransformerConfig
+
+    configs = (getattr(module, "config", None) for module in chunk.modules())
+    return next((config for config in configs if isinstance(config, TransformerConfig)), None)
 
 
 @contextmanager
