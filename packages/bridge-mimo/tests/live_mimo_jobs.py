@@ -46,7 +46,7 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
     """Load, save, stream with mcore's global state poisoned: what each step said on this rank."""
     import torch
     import torch.distributed as dist
-    from runtime.helpers import poisoned_parallel_state
+    from runtime.helpers import poisoned_parallel_state, small_bands
 
     from bridge_core.runtime.host import host_backend
 
@@ -57,7 +57,8 @@ def round_trip(path: str, layouts: Layouts, out: str, *, colocated: bool = False
         with reads() as read:
             loaded = bridge.load_hf_weights(model)
         assert not any(parameter.isnan().any() for parameter in model.parameters())
-        saved = bridge.save_hf_pretrained(model, out)
+        with small_bands():
+            saved = bridge.save_hf_pretrained(model, out)
         stream = bridge.stream(model, bucket_bytes=bucket_bytes)
         tensors = {name: tensor.clone() for name, tensor in stream}
         again = [name for name, _ in stream]

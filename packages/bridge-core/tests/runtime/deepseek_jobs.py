@@ -10,7 +10,7 @@ def fp8_round_trip(path: str, layout: dict[str, Any], out: str, one_reader: bool
     """Load an fp8 folder in bfloat16, save and stream it in fp8; what was read, written and streamed."""
     import torch
     import torch.distributed as dist
-    from runtime.helpers import poisoned_parallel_state
+    from runtime.helpers import poisoned_parallel_state, small_bands
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
@@ -27,7 +27,8 @@ def fp8_round_trip(path: str, layout: dict[str, Any], out: str, one_reader: bool
         reads = stack.enter_context(poisoned_parallel_state(frozenset()))
         node = {"one_reader_per_node": True, "node_group": everyone, "bucket_bytes": 30_000} if one_reader else {}
         loaded = bridge.load_hf_weights(chunks, **node)
-        saved = bridge.save_hf_pretrained(chunks, out, fp8=True)
+        with small_bands():
+            saved = bridge.save_hf_pretrained(chunks, out, fp8=True)
         stream = bridge.stream(chunks, fp8=True, bucket_bytes=40_000)
         # Bytes: fp8 tensors cannot be pickled.
         tensors = [(name, tensor.contiguous().view(torch.uint8).clone()) for name, tensor in stream]

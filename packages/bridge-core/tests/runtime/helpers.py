@@ -356,6 +356,18 @@ def run_poisoned(case: Case, allowed: frozenset[str]) -> list[str]:
     return sorted(reads)
 
 
+@contextmanager
+def small_bands():
+    """Shards of these tiny models are cut among replicas as large ones are."""
+    from bridge_core.runtime import shares
+
+    before, shares.LEAST = shares.LEAST, 64
+    try:
+        yield
+    finally:
+        shares.LEAST = before
+
+
 def errors_of(*calls) -> list[str]:
     """What each call says that is refused; "no error" of one that is not."""
     from bridge_core import BridgeError

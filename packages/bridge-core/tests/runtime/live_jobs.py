@@ -27,7 +27,7 @@ def round_trip(
 ):
     """Load, run, save, stream: what each step said on this rank."""
     import torch
-    from runtime.helpers import poisoned_parallel_state
+    from runtime.helpers import poisoned_parallel_state, small_bands
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
@@ -40,7 +40,7 @@ def round_trip(
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(float("nan"))
-        with poisoned_parallel_state(frozenset()) as reads:
+        with poisoned_parallel_state(frozenset()) as reads, small_bands():
             loaded = bridge.load_hf_weights(chunks, groups=pg)
             saved = bridge.save_hf_pretrained(chunks, out, groups=pg)
             stream = bridge.stream(chunks, groups=pg, bucket_bytes=bucket_bytes)

@@ -48,7 +48,7 @@ def _noting():
 
 def save_both_ways(path: str, layout: dict[str, Any], out: str, bucket_bytes: int):
     """Load; save by owners of bytes and by owners of files; reports, and what was really opened and exchanged."""
-    from runtime.helpers import poisoned_parallel_state
+    from runtime.helpers import poisoned_parallel_state, small_bands
 
     from bridge_core import AutoBridge
     from bridge_core.runtime.host import host_backend
@@ -59,7 +59,7 @@ def save_both_ways(path: str, layout: dict[str, Any], out: str, bucket_bytes: in
     with host_backend():
         _, _, chunks = build(bridge.fields, layout, spec="host", vocab_divisible_by=16)
         bridge.load_hf_weights(chunks)
-        with poisoned_parallel_state(frozenset()) as reads:
+        with poisoned_parallel_state(frozenset()) as reads, small_bands():
             for way in ("shared", "owned"):
                 options = {"one_writer_per_file": True, "bucket_bytes": bucket_bytes} if way == "owned" else {}
                 with _noting() as (opened, sizes):
@@ -192,6 +192,7 @@ def save_again(path: str, layout: dict[str, Any], out: str) -> None:
 
 def save_in_place(path: str, layout: dict[str, Any], out: str):
     """Load, and save in the default way: the report, the writes to weight files, and what the kernel counted."""
+    from runtime.helpers import small_bands
     from runtime.live_jobs import build_at
 
     from bridge_core import AutoBridge
@@ -202,7 +203,7 @@ def save_in_place(path: str, layout: dict[str, Any], out: str):
         chunks, _, pg = build_at(bridge.fields, layout, "host")
         bridge.load_hf_weights(chunks, groups=pg)
         bridge.save_hf_pretrained(chunks, f"{out}/first", groups=pg)  # whatever is imported late is
-        with _writing() as writes:
+        with _writing() as writes, small_bands():
             before = _wchar()
             report = bridge.save_hf_pretrained(chunks, f"{out}/second", groups=pg)
             counted = _wchar() - before

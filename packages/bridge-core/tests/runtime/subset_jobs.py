@@ -116,6 +116,8 @@ def group_forgotten(path: str, layout: dict[str, Any], out: str) -> list[str] | 
             lambda: list(bridge.export_hf_weights(chunks, groups=pg)),
             lambda: bridge.save_hf_pretrained(chunks, out, groups=pg),
             lambda: bridge.save_megatron_model(chunks, out, groups=pg),
+            lambda: bridge.load_hf_weights(chunks),
+            lambda: bridge.load_megatron_model(chunks, out),
         )
 
 

@@ -68,8 +68,8 @@ def test_the_run_config_is_enough_to_export(device_ranks, folders, tmp_path):
     ("iterations", "words"),
     [
         ([8, 9], ["different iterations", "rank 0 and ranks 1 differ"]),
-        ([-1, -1], ["the number of an iteration", "at least 0", "-1"]),
-        (["7", "7"], ["the number of an iteration", "'7'"]),
+        ([-1, -1], ["not the number of an iteration", "at least 0", "-1"]),
+        (["7", "7"], ["not the number of an iteration", "'7'"]),
     ],
     ids=["different", "negative", "text"],
 )

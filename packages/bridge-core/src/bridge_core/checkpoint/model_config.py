@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from bridge_core.checkpoint.dcp import DcpFolder
 from bridge_core.checkpoint.megatron_files import has_common, read_common
 from bridge_core.checkpoint.run_config import RUN_CONFIG, SECTION, fields_of_args, fields_of_run_config, read_run_config
-from bridge_core.errors import ConfigError, preview
+from bridge_core.errors import BridgeError, ConfigError, preview
 from bridge_core.families import Family, Fields, family_for, family_named, recognise
 from bridge_core.families.meaning import check_meaning
 
@@ -105,13 +105,18 @@ def check_said(checkpoint: DcpFolder, fields: Fields) -> None:
     """Raise if a checkpoint says that its weights mean something else than those of a model, for all their shapes.
 
     Args:
-        checkpoint: the folder of one iteration. One that says nothing of its model passes.
+        checkpoint: the folder of one iteration. One that says nothing of its model, or nothing that can be read,
+            passes: its tensors are compared all the same.
         fields: Megatron fields of the model.
 
     Raises:
         ConfigError: names the settings that differ.
     """
-    if (said := _said_by(checkpoint, must=False)) is not None:
+    try:
+        said = _said_by(checkpoint, must=False)
+    except BridgeError:
+        return
+    if said is not None:
         check_meaning(
             fields,
             said.fields,

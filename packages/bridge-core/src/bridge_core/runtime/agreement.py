@@ -94,13 +94,16 @@ def check_whole(live: LiveModel, group: Any) -> None:
         LayoutError: on every rank.
     """
     size = live.plan.layout.world_size
-    said = TorchWorkers(group).share([live.rank, size])
+    workers = TorchWorkers(group)
+    said = workers.share([live.rank, size])
     if sorted(rank for rank, _ in said) != list(range(size)) or {size for _, size in said} != {size}:
         raise LayoutError(
             "the ranks of the group are not those of the model",
             where="group",
             expected=f"{size} ranks, as the model's process groups say, each once",
-            got="; ".join(f"{number}: rank {rank} of {size}" for number, (rank, size) in enumerate(said)),
+            got="; ".join(
+                f"{workers.number_of(number)}: rank {rank} of {size}" for number, (rank, size) in enumerate(said)
+            ),
             fix="pass group=..., the ranks of this model and no others",
         )
 
@@ -119,9 +122,10 @@ def agreed_dtypes(live: LiveModel, wanted: str | torch.dtype | None, group: Any)
         found = mine.setdefault(shard.entry, [])
         if (name := dtype_name(live.tensor(shard))) not in found:
             found.append(name)
-    held: list[dict[str, list[str]]] = TorchWorkers(group).share(mine)
+    workers = TorchWorkers(group)
+    held = {workers.number_of(rank): said for rank, said in enumerate(workers.share(mine))}
     by_entry: dict[str, set[str]] = {}
-    for said in held:
+    for said in held.values():
         for entry, names in said.items():
             by_entry.setdefault(entry, set()).update(names)
     check_wanted(wanted)
@@ -138,14 +142,14 @@ def agreed_dtypes(live: LiveModel, wanted: str | torch.dtype | None, group: Any)
     return dtypes | {name: dtypes[copy.of] for name, copy in live.plan.copies.items()}
 
 
-def _one(found: set[str], what: str, held: list[dict[str, list[str]]]) -> str:
+def _one(found: set[str], what: str, held: dict[int, dict[str, list[str]]]) -> str:
     if len(found) == 1:
         return next(iter(found))
-    said = (sorted({name for names in by_entry.values() for name in names}) for by_entry in held)
+    said = {rank: sorted({name for names in by_entry.values() for name in names}) for rank, by_entry in held.items()}
     raise CoverageError(
         f"{what} differ in dtype",
         expected="one dtype on all ranks, or `dtype` to say which to write",
-        got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in enumerate(said)),
+        got="; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for rank, names in said.items()),
         fix="pass dtype=..., or give the parameters one dtype where that has no effect",
     )
 
@@ -160,13 +164,14 @@ def check_same(mine: bytes, group: Any, *, what: str, where: str, fix: str) -> N
     Raises:
         ConfigError: on every rank; names those that differ from the first.
     """
-    said = TorchWorkers(group).share(hashlib.sha256(mine).hexdigest())
-    if others := [rank for rank, digest in enumerate(said) if digest != said[0]]:
+    workers = TorchWorkers(group)
+    said = workers.share(hashlib.sha256(mine).hexdigest())
+    if others := [workers.number_of(rank) for rank, digest in enumerate(said) if digest != said[0]]:
         raise ConfigError(
             what,
             where=where,
             expected="the same arguments, and the same HF folder to see, on every rank",
-            got=f"rank 0 and ranks {preview(others)} differ",
+            got=f"rank {workers.number_of(0)} and ranks {preview(others)} differ",
             fix=fix,
         )
 

@@ -23,7 +23,7 @@ from bridge_core.families import Family, Fields
 from bridge_core.geometry import Shape
 from bridge_core.patterns import fill as fill_name
 from bridge_core.plan import Shard
-from bridge_core.runtime.agreement import check_same
+from bridge_core.runtime.agreement import check_same, check_size
 from bridge_core.runtime.live import LiveModel, matches, open_live
 from bridge_core.runtime.node_load import Tally, fill_from_node
 from bridge_core.runtime.tensors import dtype_name, flat, host_memory, read_into
@@ -92,6 +92,9 @@ def load_hf_weights(
     Raises:
         BridgeError: on every rank, with the message of the first one that failed.
     """
+
+    group = group or default_group()
+    check_size(model, groups, group)
 
     def opened(folder: HfFolder) -> LiveModel:
         return open_live(

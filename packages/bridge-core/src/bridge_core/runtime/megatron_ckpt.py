@@ -212,6 +212,8 @@ def load_megatron_model(
         for name, chunk in named_chunks(model).items():
             fill_module(chunk, loaded[name])
 
+    group = group or default_group()
+    check_size(model, groups, group)
     report = load_live(
         lambda: open_live(model, family, fields, groups=groups, ignore=ignore),
         compare,
@@ -298,9 +300,9 @@ def _check_world(workers: TorchWorkers) -> None:
 
 def _check_iteration(iteration: int) -> None:
     """Raise unless it can be a part of the name of Megatron's folder."""
-    if not isinstance(iteration, Integral) or iteration < 0:
+    if not isinstance(iteration, Integral) or isinstance(iteration, bool) or iteration < 0:
         raise ConfigError(
-            "the number of an iteration is no whole number",
+            "this is not the number of an iteration",
             where="iteration",
             expected="a whole number of at least 0",
             got=repr(iteration),

@@ -254,13 +254,14 @@ def _check_agreed(layout: HfLayout, way: tuple[object, ...], group: Any) -> None
 
 def _check_padding(padded_vocab: int | None, group: Any) -> None:
     """Raise on all ranks unless they know alike how the embedding is cut on others. Collective."""
-    rows = TorchWorkers(group).share(padded_vocab)
+    workers = TorchWorkers(group)
+    rows = workers.share(padded_vocab)
     if len(set(rows)) > 1:
         raise OutputError(
             "ranks take the vocabulary to be padded differently",
             where="one_writer_per_file",
             expected="one number of rows of the whole embedding",
-            got=", ".join(f"rank {rank}: {count}" for rank, count in enumerate(rows)),
+            got=", ".join(f"rank {workers.number_of(rank)}: {count}" for rank, count in enumerate(rows)),
             fix="let `vocab_size` of every pipeline stage's model say the rows that the embedding was built with",
         )
 

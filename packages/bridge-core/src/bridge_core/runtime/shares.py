@@ -13,6 +13,9 @@ _PARTS = 4
 """A shard of more than a rank's share divided by this is cut. So nobody saves more than that beyond a share, and cuts
 are few."""
 
+LEAST = 64 * 1024
+"""Elements below which nothing is cut, however small the shares: norms are few, and many ranks."""
+
 
 def saved_by(
     plan: Plan, rank: int, shards: Iterable[Shard], may_cut: Callable[[Shard], bool] = lambda shard: True
@@ -26,7 +29,8 @@ def saved_by(
         plan: of the model.
         rank: its number in the layout.
         shards: all that it holds, in the plan's order.
-        may_cut: whether a shard may be cut; the same on all ranks that hold it.
+        may_cut: whether a shard may be cut; the same on all ranks that hold it, and on those that hold the other parts
+            of its tensor, which take part in its exchange.
 
     Returns:
         The shards. One that was cut is there once for every band, with the pieces that lie in it.
@@ -42,7 +46,7 @@ def saved_by(
         parts: list[tuple[int, Box]] = []
         for number in numbers:
             shape, cut = held[number].shape, turns > 1 and may_cut(held[number])
-            boxes = slabs(shape, max(1, elements // (turns * _PARTS))) if cut else [whole(shape)]
+            boxes = slabs(shape, max(LEAST, elements // (turns * _PARTS))) if cut else [whole(shape)]
             parts += [(number, box) for box in boxes]
         owners = dealt([box.numel for _, box in parts], turns)
         mine += [part for part, owner in zip(parts, owners, strict=True) if owner == turn]

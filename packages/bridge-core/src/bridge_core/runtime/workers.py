@@ -87,8 +87,12 @@ class TorchWorkers:
         if first == self.rank and failure is not None:
             raise failure
         facts = dict(said[first] or {})
-        said_by = require("torch.distributed", extra="torch").get_global_rank(self._group, first)
-        raise WorkerError(f"rank {said_by} failed: {facts.pop('what')}", worker=first, **facts) from failure
+        text = f"rank {self.number_of(first)} failed: {facts.pop('what')}"
+        raise WorkerError(text, worker=first, **facts) from failure
+
+    def number_of(self, rank: int) -> int:
+        """The number that launchers and logs know a rank of the group by: that among all processes."""
+        return require("torch.distributed", extra="torch").get_global_rank(self._group, rank)
 
     def share(self, value: Any) -> list[Any]:
         """What every worker has to say, by rank: JSON values. Collective.

@@ -72,18 +72,19 @@ def open_mimo(
     plan = remembered(known, (*groups.layouts.items(), groups.colocated, padded), components.fields, make)
     live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
     for name, (_, module) in parts.items():
-        for config in _configs(module):
+        if name not in components.hf_towers and (config := _config_of(module)) is not None:
             check_settings(config, plan.components[name].plan.fields, f"component {name}")
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=lambda: gather_late([_wrapped(model, name) for name in groups.mine]))
 
 
-def _configs(module: Module) -> list[Any]:
-    """megatron-core's configurations that a component was built with: its own, or those of the encoders in it."""
+def _config_of(module: Module) -> Any:
+    """megatron-core's configuration that a component was built with: its own, or that of its one encoder; or None."""
     from megatron.core.transformer import TransformerConfig
 
     inside = [module, *getattr(module, "encoders", {}).values()]
-    return [found.config for found in inside if isinstance(getattr(found, "config", None), TransformerConfig)]
+    found = [one.config for one in inside if isinstance(getattr(one, "config", None), TransformerConfig)]
+    return found[0] if len(found) == 1 else None
 
 
 def _padded_vocab(model: Any, parts: Mapping[str, tuple[str, Module]], groups: MimoGroups, tokens: int) -> int | None:

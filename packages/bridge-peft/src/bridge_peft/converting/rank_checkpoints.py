@@ -11,6 +11,7 @@ from bridge_core.checkpoint.output import check_free, write_folder
 from bridge_core.checkpoint.run_config import RUN_CONFIG
 from bridge_core.checkpoint.workers import jointly
 from bridge_core.errors import ConfigError, CoverageError, preview
+from bridge_core.runtime.agreement import check_size
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.megatron_state import load_state, save_state, sharded_state
 from bridge_core.runtime.own_world import OwnWorld
@@ -54,7 +55,9 @@ def save_adapter_ckpt(
     Raises:
         BridgeError: on every rank.
     """
-    workers = TorchWorkers(group or default_group())
+    group = group or default_group()
+    check_size(model, groups, group)
+    workers = TorchWorkers(group)
     output = Path(path) / f"iter_{iteration:07d}"
     workers.together(lambda: check_free(output, overwrite=overwrite))
     mine = {
@@ -106,7 +109,9 @@ def load_adapter_ckpt(model: Any, path: str | Path, *, groups: Any = None, group
     Raises:
         BridgeError: on every rank.
     """
-    workers = TorchWorkers(group or default_group())
+    group = group or default_group()
+    check_size(model, groups, group)
+    workers = TorchWorkers(group)
     folder = jointly(workers, lambda: find_checkpoint(path))
 
     def wanted() -> dict[str, Any]:

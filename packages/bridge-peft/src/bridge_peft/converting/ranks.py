@@ -12,6 +12,7 @@ import torch
 from bridge_core.bridge import AutoBridge
 from bridge_core.checkpoint.output import check_free, real_path, write_folder
 from bridge_core.checkpoint.workers import jointly
+from bridge_core.runtime.agreement import check_size
 from bridge_core.runtime.homes import unwrap
 from bridge_core.runtime.words import default_group
 from bridge_core.runtime.workers import TorchWorkers, WorkerError
@@ -37,6 +38,7 @@ _BUCKET = 256 * 1024 * 1024
 
 def bases_of(bridge: AutoBridge, model: Any, group: Any) -> Bases:
     """The layers of a live model, with the rows that its vocabulary is padded to. Collective over `group`."""
+    check_size(model, None, group)
     rows = [bridge.fields["vocab_size"]]
     for chunk in unwrap(model):
         embedding = getattr(getattr(chunk, "embedding", None), "word_embeddings", None)

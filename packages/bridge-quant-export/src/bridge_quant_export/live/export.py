@@ -65,7 +65,7 @@ def export_quantized(
     groups: Any = None,
     group: Any = None,
     format: Writer = "modelopt",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     uncalibrated: Uncalibrated = "error",
     ranges: Ranges = "equal",
     kv_at_least_one: bool = True,
@@ -109,7 +109,7 @@ def export_quantized(
     workers = TorchWorkers(group)
     output = real_path(Path(path))
     chunks = unwrap(model)
-    groups = groups or chunks[0].pg_collection
+    groups = groups or getattr(next(iter(chunks), None), "pg_collection", None)
     check_size(model, groups, group)
 
     def look() -> tuple[LiveModel, Held, HfFolder | None]:
