@@ -19,7 +19,7 @@ BUCKET = 2 * MATRIX
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_depth_costs_no_memory(rank_pool, tmp_path):
-    assert 6 * BUCKET < 16 * 3 * MATRIX / 3
+    assert 8 * BUCKET <= 16 * 3 * MATRIX / 3
     results = rank_pool.run(peaks_of_exports, config(), str(tmp_path), [8, 24], BUCKET, ranks=range(2))
     for rank, (shallow, deep) in enumerate(results):
         if rank == 0:
@@ -27,8 +27,9 @@ def test_depth_costs_no_memory(rank_pool, tmp_path):
         # In place: at most a tensor that is put together before it is written.
         assert deep["save"] < 2 * MATRIX, results
         assert deep["save"] - shallow["save"] < MATRIX, results
-        # The bucket that the consumer still holds, the next one, and the sum's own buffers: a sixth of the model.
-        assert deep["stream"] < 6 * BUCKET, results
+        # The bucket that the consumer still holds, the next one, and the sum's own buffers, whatever the depth.
+        assert deep["stream"] < 8 * BUCKET, results
+        assert deep["stream"] - shallow["stream"] < 2 * BUCKET, results
 
 
 def config():

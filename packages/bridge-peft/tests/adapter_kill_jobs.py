@@ -7,13 +7,6 @@ from pkgutil import resolve_name
 from typing import Any
 
 
-def _stream(chunks: Any, bridge: Any, out: str, adapter: str) -> None:
-    from bridge_peft import export_adapter_weights
-
-    for _, tensor in export_adapter_weights(chunks, bridge, bucket_bytes=3_000):
-        assert tensor.numel()
-
-
 def _save(chunks: Any, bridge: Any, out: str, adapter: str) -> None:
     from bridge_peft import save_hf_adapter
 
@@ -34,7 +27,6 @@ def _load(chunks: Any, bridge: Any, out: str, adapter: str) -> None:
 
 VERBS: dict[str, Callable[[Any, Any, str, str], None]] = {
     "save": _save,
-    "stream": _stream,
     "checkpoint": _checkpoint,
     "load": _load,
 }
@@ -42,19 +34,13 @@ VERBS: dict[str, Callable[[Any, Any, str, str], None]] = {
 # Verb -> what ranks are about to tell one another -> what is called just before: what has it, its name, which call.
 PLACES: dict[str, dict[str, tuple[str, str, int]]] = {
     "save": {
-        "vocabulary": ("bridge_peft.converting.ranks", "unwrap", 0),
         "layers": ("bridge_peft.converting.gather", "unwrap", 0),
-        "factors": ("bridge_peft.converting.gather", "owns", 0),
         "later factors": ("bridge_peft.converting.gather", "owns", 7),
     },
-    "stream": {"factors": ("bridge_peft.converting.gather", "owns", 0)},
     "checkpoint": {"settings": ("bridge_peft.converting.rank_checkpoints", "adapters_named", 0)},
     "load": {
-        "vocabulary": ("bridge_peft.converting.ranks", "unwrap", 0),
         "settings": ("bridge_core.runtime.workers:TorchWorkers", "share", 1),
         "patterns": ("bridge_peft.apply", "match", 0),
-        "refusals": ("bridge_peft.apply", "_check_site", 0),
-        "values": ("bridge_peft.converting.ranks", "_fill", 0),
     },
 }
 

@@ -7,12 +7,9 @@ from typing import Any
 
 # What ranks are about to tell one another -> what is called just before (what has it, its name), options of the export.
 PLACES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "formats": ("bridge_quant_export.live.export", "agreed_formats", {}),
     "inputs of peers": ("bridge_quant_export.live.policy", "reduced", {"uncalibrated": "peers"}),
     "ranges": ("bridge_quant_export.live.agree", "_reduce", {}),
-    "bytes": ("bridge_quant_export.live.files:PackedFiles", "save", {}),
     "bytes written": ("bridge_quant_export.live.export", "summed", {}),
-    "bytes to send": ("bridge_quant_export.live.one_writer:OwnedFiles", "_message", {"one_writer_per_file": True}),
 }
 
 

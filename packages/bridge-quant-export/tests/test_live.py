@@ -40,6 +40,7 @@ OF_EXPERTS = [
     {"tp": 2, "ep": 2, "etp": 1},
     {"pp": 2, "ep": 2, "dp": 2},
 ]
+COPIES = [{"dp": 2}, {"cp": 2}]
 MODULES = {
     "dense": [
         *(("qwen3", layout, "host", True) for layout in PLAIN),
@@ -52,8 +53,8 @@ MODULES = {
         ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "host", True),
         ("qwen3_moe", {"ep": 4, "dp": 4}, "host", True),
     ],
-    "sequential": [
-        *(("qwen3_moe", layout, "host", False) for layout in (*PLAIN, *OF_EXPERTS)),
+    "sequential": [  # copies of whole models are the same in either module
+        *(("qwen3_moe", layout, "host", False) for layout in (*PLAIN, *OF_EXPERTS) if layout not in COPIES),
         ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "local", True),
     ],
 }
