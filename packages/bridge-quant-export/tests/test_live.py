@@ -40,7 +40,6 @@ OF_EXPERTS = [
     {"tp": 2, "ep": 2, "etp": 1},
     {"pp": 2, "ep": 2, "dp": 2},
 ]
-COPIES = [{"dp": 2}, {"cp": 2}]
 MODULES = {
     "dense": [
         *(("qwen3", layout, "host", True) for layout in PLAIN),
@@ -53,8 +52,8 @@ MODULES = {
         ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "host", True),
         ("qwen3_moe", {"ep": 4, "dp": 4}, "host", True),
     ],
-    "sequential": [  # copies of whole models are the same in either module
-        *(("qwen3_moe", layout, "host", False) for layout in (*PLAIN, *OF_EXPERTS) if layout not in COPIES),
+    "sequential": [
+        *(("qwen3_moe", layout, "host", False) for layout in (*PLAIN, *OF_EXPERTS)),
         ("qwen3_moe", {"tp": 2, "ep": 1, "etp": 2}, "local", True),
     ],
 }

@@ -71,6 +71,14 @@ def _layers(chunk: Any) -> Iterator[Any]:
         yield chunk
 
 
+def config_of(module: Any) -> Any:
+    """megatron-core's configuration that a module, or the first one in it that has any, was built with; or None."""
+    from megatron.core.transformer import TransformerConfig
+
+    configs = (getattr(inner, "config", None) for inner in module.modules())
+    return next((config for config in configs if isinstance(config, TransformerConfig)), None)
+
+
 def gather_late(model: Any) -> None:
     """Make parameters current that mcore's DDP would gather in the next forward pass. Collective over its DP groups.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_core.checkpoint.keys import is_adapter
 from bridge_core.errors import CheckpointError
-from bridge_core.runtime.homes import unwrap
+from bridge_core.runtime.homes import config_of, unwrap
 from bridge_core.runtime.layer_specs import placed_by
 from bridge_core.runtime.workers import LostWorkerError
 
@@ -41,16 +41,8 @@ def sharded_chunk(chunk: Any, groups: ProcessGroupCollection, prefix: str = "", 
 
     Reads no global `parallel_state`: of layers that a layout string places, mcore asks it for their numbers.
     """
-    with placed_by(_config_of(chunk), groups, vpp), _tied_by(chunk, groups), _duplicated_in(chunk, groups):
+    with placed_by(config_of(chunk), groups, vpp), _tied_by(chunk, groups), _duplicated_in(chunk, groups):
         return chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": groups.dp_cp})
-
-
-def _config_of(chunk: Any) -> Any:
-    """megatron-core's configuration of a chunk, or of the encoder in it; None if there is none."""
-    from megatron.core.transformer import TransformerConfig
-
-    configs = (getattr(module, "config", None) for module in chunk.modules())
-    return next((config for config in configs if isinstance(config, TransformerConfig)), None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from bridge_core.codecs import Codec
 from bridge_core.errors import ConfigError, CoverageError, LayoutError
 from bridge_core.geometry import Shape
 from bridge_core.plan import Shard
-from bridge_core.runtime.homes import gather_late, stored, unwrap
+from bridge_core.runtime.homes import config_of, gather_late, stored, unwrap
 from bridge_core.runtime.live import LiveModel, check_settings, matched, matches, padded_vocab, remembered
 from bridge_core.runtime.shared_files import GroupOf
 from bridge_mimo.components import Components
@@ -72,19 +72,11 @@ def open_mimo(
     plan = remembered(known, (*groups.layouts.items(), groups.colocated, padded), components.fields, make)
     live = matched(plan, dist.get_rank(), {key: named[key] for key in named if key not in left}, excepted)
     for name, (_, module) in parts.items():
-        if name not in components.hf_towers and (config := _config_of(module)) is not None:
+        encoders = len(getattr(module, "encoders", ()))  # of several, the plan's fields are those of one
+        if encoders < 2 and name not in components.hf_towers and (config := config_of(module)) is not None:
             check_settings(config, plan.components[name].plan.fields, f"component {name}")
     excepted = tuple(name for _, name in sorted(left))
     return replace(live, excepted=excepted, renew=lambda: gather_late([_wrapped(model, name) for name in groups.mine]))
-
-
-def _config_of(module: Module) -> Any:
-    """megatron-core's configuration that a component was built with: its own, or that of its one encoder; or None."""
-    from megatron.core.transformer import TransformerConfig
-
-    inside = [module, *getattr(module, "encoders", {}).values()]
-    found = [one.config for one in inside if isinstance(getattr(one, "config", None), TransformerConfig)]
-    return found[0] if len(found) == 1 else None
 
 
 def _padded_vocab(model: Any, parts: Mapping[str, tuple[str, Module]], groups: MimoGroups, tokens: int) -> int | None:
